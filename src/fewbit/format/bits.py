@@ -1,0 +1,70 @@
+"""Dense bit packing: fields of b bits, least significant first, as one stream per row.
+
+Element c of a row occupies bits ``c*b .. c*b + b - 1`` of the row's stream, so fields may cross byte and word
+borders (3 bits: 32 values in 3 words). Read as little-endian bytes or as little-endian int32 words it is the same
+stream; a row is filled with zero bits up to a whole word. This is the layout of compressed-tensors'
+``pack-quantized`` since 0.18 and of fewbit's own checkpoints.
+
+Road not taken: padding odd widths to the next power of two (HQQ, bitsandbytes), which stores 3 bits as 3.2 or 4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Little-endian weights of the bits in a byte.
+_POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def row_bytes(columns: int, bits: int, word: int = 1) -> int:
+    """Bytes of one packed row of ``columns`` fields of ``bits`` bits, filled to a multiple of ``word`` bytes."""
+    return -(-columns * bits // (8 * word)) * word
+
+
+def pack(fields: Tensor, bits: int, word: int = 1) -> Tensor:
+    """Unsigned fields [..., n] (any integer dtype, 0 <= u < 2**bits) -> uint8 [..., row_bytes(n, bits, word)]."""
+    n = fields.shape[-1]
+    length = row_bytes(n, bits, word)
+    if bits == 8 and length == n:
+        return fields.to(torch.uint8)
+    if 8 % bits == 0 and n * bits % 8 == 0:
+        per = 8 // bits  # whole fields in a byte: no bit ever crosses, so pack by shifts
+        u = fields.to(torch.uint8).unflatten(-1, (-1, per))
+        out = u[..., 0].clone()
+        for i in range(1, per):
+            out |= u[..., i] << (i * bits)
+        return _fill(out, length)
+    if bits in (16, 32):
+        whole = fields.to(torch.int64) & ((1 << bits) - 1)
+        parts = [((whole >> (8 * i)) & 255).to(torch.uint8) for i in range(bits // 8)]
+        return _fill(torch.stack(parts, -1).flatten(-2), length)
+    shifts = torch.arange(bits, device=fields.device)
+    stream = ((fields.to(torch.int64).unsqueeze(-1) >> shifts) & 1).to(torch.uint8).flatten(-2)
+    missing = -stream.shape[-1] % 8
+    stream = torch.nn.functional.pad(stream, (0, missing)).unflatten(-1, (-1, 8))
+    powers = torch.tensor(_POWERS, dtype=torch.uint8, device=fields.device)
+    return _fill((stream * powers).sum(-1, dtype=torch.uint8), length)
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of ``pack``: uint8 [..., bytes] -> fields [..., columns], uint8 up to 8 bits and int64 above."""
+    if bits == 8:
+        return packed[..., :columns]
+    if 8 % bits == 0:
+        per = 8 // bits
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        fields = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+        return fields.flatten(-2)[..., :columns] if per > 1 else packed[..., :columns]
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    stream = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., : columns * bits].unflatten(-1, (columns, bits))
+    if bits < 8:
+        weights = torch.tensor(_POWERS[:bits], dtype=torch.uint8, device=packed.device)
+        return (stream * weights).sum(-1, dtype=torch.uint8)
+    weights = 1 << torch.arange(bits, device=packed.device)
+    return (stream.to(torch.int64) * weights).sum(-1)
+
+
+def _fill(packed: Tensor, length: int) -> Tensor:
+    """Zero bytes up to ``length``."""
+    return torch.nn.functional.pad(packed, (0, length - packed.shape[-1]))

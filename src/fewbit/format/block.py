@@ -1,0 +1,195 @@
+"""Block shapes: which elements of a tensor share one scale (and one zero).
+
+A block is a way to look at a tensor ``x`` as ``[*scale_shape, elements]``: every leading index is one sharing
+set. Fitting, encoding and decoding are then the same three lines for every granularity:
+
+    split(x) / scale[..., None]        join(...)
+
+| block        | field's name              | scale shape of x [out, in]   |
+| Tensor       | per-tensor                | []                           |
+| Channel      | per-output-channel        | [out, 1]                     |
+| Token        | per-token (rows of X)     | [tokens, 1]                  |
+| Group(g)     | group along the input     | [out, in / g]                |
+| Block2d(r,c) | 2-D block (FP8 128 x 128) | [out / r, in / c]            |
+| Flat(n)      | n consecutive elements    | [ceil(out * in / n)]         |
+
+Road not taken: padding a side that a block does not divide. Libraries pad, skip or let groups straddle rows in
+silence; here a block that does not tile is refused. ``Flat`` alone has a short last block, because it ignores
+rows by definition (bitsandbytes' blocks, and the second level of double quantization).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import InputError
+
+
+@dataclass(frozen=True)
+class Block(ABC):
+    """How a tensor is cut into sharing sets. Immutable and comparable by value."""
+
+    def check(self, shape: torch.Size | tuple[int, ...], what: str = "tensor") -> None:
+        """Raise ``InputError`` when this block does not tile ``shape``; ``what`` names the tensor in the text."""
+
+    @abstractmethod
+    def scale_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scales of a tensor of ``shape``."""
+
+    @abstractmethod
+    def split(self, x: Tensor) -> Tensor:
+        """``x`` as ``[*scale_shape, elements]``: a view where the memory layout allows it."""
+
+    @abstractmethod
+    def join(self, blocks: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """Inverse of ``split``."""
+
+    @abstractmethod
+    def take(self, p: Tensor, shape: torch.Size | tuple[int, ...], columns: Tensor) -> Tensor:
+        """Parameters of some columns of a matrix [out, in]: ``p`` [*scale_shape] -> [out or 1, len(columns)].
+
+        The solvers walk a matrix by columns (in any order) and ask for the scale that each column sees.
+        """
+
+
+@dataclass(frozen=True)
+class PerTensor(Block):
+    """One sharing set: the whole tensor."""
+
+    def scale_shape(self, shape):
+        return ()
+
+    def split(self, x):
+        return x.reshape(-1)
+
+    def join(self, blocks, shape):
+        return blocks.reshape(shape)
+
+    def take(self, p, shape, columns):
+        return p.reshape(1, 1).expand(1, len(columns))
+
+
+@dataclass(frozen=True)
+class Channel(Block):
+    """One set per row of a weight [out, in], that is per output channel; scale [out, 1]."""
+
+    def scale_shape(self, shape):
+        return (*shape[:-1], 1)
+
+    def split(self, x):
+        return x.unsqueeze(-2)
+
+    def join(self, blocks, shape):
+        return blocks.squeeze(-2)
+
+    def take(self, p, shape, columns):
+        return p.expand(-1, len(columns))
+
+
+@dataclass(frozen=True)
+class Token(Channel):
+    """One set per row of an activation [..., tokens, in]: the same cut as ``Channel``, computed at run time."""
+
+
+@dataclass(frozen=True)
+class Group(Block):
+    """``size`` neighbours along the last axis share a scale; scale [..., in / size]."""
+
+    size: int
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise InputError(f"group size {self.size} is not a positive number; use 16 to 256, or a channel block")
+
+    def check(self, shape, what="tensor"):
+        n = shape[-1]
+        if n % self.size:
+            fits = [g for g in (256, 192, 128, 96, 64, 48, 32, 16, 8) if g < self.size and n % g == 0]
+            hint = f"use --group-size {fits[0]}" if fits else "use -1 (one scale per row)"
+            raise InputError(
+                f"group size {self.size} does not divide the {n} input columns of {what}; {hint} or exclude this "
+                "layer with a rule"
+            )
+
+    def scale_shape(self, shape):
+        return (*shape[:-1], shape[-1] // self.size)
+
+    def split(self, x):
+        return x.unflatten(-1, (-1, self.size))
+
+    def join(self, blocks, shape):
+        return blocks.flatten(-2)
+
+    def take(self, p, shape, columns):
+        return p[:, columns // self.size]
+
+
+@dataclass(frozen=True)
+class Block2d(Block):
+    """Tiles of ``rows`` x ``cols`` share a scale; scale [out / rows, in / cols]."""
+
+    rows: int
+    cols: int
+
+    def __post_init__(self):
+        if self.rows < 1 or self.cols < 1:
+            raise InputError(f"block {self.rows} x {self.cols} has no elements; both sides must be positive")
+
+    def check(self, shape, what="tensor"):
+        if len(shape) != 2 or shape[0] % self.rows or shape[1] % self.cols:
+            raise InputError(
+                f"blocks of {self.rows} x {self.cols} do not tile {what} of shape {list(shape)}; choose sides that "
+                f"divide it, such as {math.gcd(self.rows, shape[0])} x {math.gcd(self.cols, shape[-1])}"
+            )
+
+    def scale_shape(self, shape):
+        return (shape[0] // self.rows, shape[1] // self.cols)
+
+    def split(self, x):
+        tiles = x.unflatten(0, (-1, self.rows)).unflatten(-1, (-1, self.cols))  # [R, rows, C, cols]
+        return tiles.transpose(1, 2).flatten(-2)
+
+    def join(self, blocks, shape):
+        return blocks.unflatten(-1, (self.rows, self.cols)).transpose(1, 2).reshape(shape)
+
+    def take(self, p, shape, columns):
+        return p.repeat_interleave(self.rows, 0)[:, columns // self.cols]
+
+
+@dataclass(frozen=True)
+class Flat(Block):
+    """``size`` consecutive elements in memory order, rows ignored; the last block may be short.
+
+    ``split`` fills a short last block by repeating the last element, which leaves minima and maxima as they are.
+    """
+
+    size: int
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise InputError(f"block size {self.size} is not a positive number")
+
+    def scale_shape(self, shape):
+        return (-(-math.prod(shape) // self.size),)
+
+    def split(self, x):
+        flat = x.reshape(-1)
+        missing = -flat.numel() % self.size
+        if missing:
+            flat = torch.cat([flat, flat[-1:].expand(missing)])
+        return flat.unflatten(0, (-1, self.size))
+
+    def join(self, blocks, shape):
+        return blocks.reshape(-1)[: math.prod(shape)].reshape(shape)
+
+    def take(self, p, shape, columns):
+        rows = torch.arange(shape[0], device=p.device)[:, None]
+        return p[(rows * shape[1] + columns) // self.size]
+
+
+BLOCKS = (PerTensor, Channel, Token, Group, Block2d, Flat)
