@@ -112,8 +112,8 @@ def _config(arch: str):
 def tiny(arch: str) -> torch.nn.Module:
     """The tiny random model of ``arch`` (one of ``ARCHITECTURES``): float32, eval mode, seeded weights.
 
-    Weights are wider than the usual 0.02 so that logits differ from token to token; norms and biases are moved
-    off one and zero so that a lost or swapped one shows. The global random state is left as it was.
+    Weights are wider than the usual 0.02 so that logits differ from token to token; norms and biases are
+    moved off one and zero so that a lost or swapped one shows. The global random state is left as it was.
     """
     config, cls = _config(arch)
     with torch.random.fork_rng(devices=[]):
@@ -130,7 +130,7 @@ def tiny(arch: str) -> torch.nn.Module:
 
 
 def tiny_tokenizer():
-    """A byte-level BPE of ``VOCAB`` entries (256 bytes, 25 merges, special, fillers): any text round-trips."""
+    """A byte-level BPE of ``VOCAB`` entries (bytes, 25 merges, special, fillers): any text round-trips."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
