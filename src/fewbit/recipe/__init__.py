@@ -1,0 +1,55 @@
+"""Recipes: one function per named method, in one tuple."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable
+
+from fewbit.errors import InputError
+from fewbit.recipe.gptq import gptq
+from fewbit.recipe.recipe import Recipe, Rule, from_yaml
+from fewbit.recipe.rtn import fp8, int8, nf4, rtn
+
+RECIPES: tuple[Callable[..., Recipe], ...] = (rtn, gptq, int8, fp8, nf4)
+
+
+def named(name: str, settings: dict[str, str] | None = None) -> Recipe:
+    """The recipe called ``name`` with settings given as text (``--set key=value``).
+
+    Raises ``InputError`` for an unknown recipe, an unknown setting or a value of the wrong kind.
+    """
+    by_name = {f.__name__.replace("_", "-"): f for f in RECIPES}
+    if name not in by_name:
+        near = difflib.get_close_matches(name, by_name, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"unknown recipe {name!r}; {hint}known are {', '.join(by_name)}")
+    function = by_name[name]
+    parameters = inspect.signature(function).parameters
+    hints = typing.get_type_hints(function)
+    chosen = {}
+    for key, text in (settings or {}).items():
+        key = key.replace("-", "_")
+        if key not in parameters:
+            raise InputError(f"recipe {name!r} has no setting {key!r}; its settings are {', '.join(parameters)}")
+        chosen[key] = _parse(name, key, text, hints[key])
+    return function(**chosen)
+
+
+def _parse(recipe: str, key: str, text: object, hint: object) -> object:
+    """``text`` as the annotated type of a setting."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in options and str(text).lower() == "none":
+        return None
+    kind = next(o for o in options if o is not type(None))
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(text).lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        raise InputError(f"setting {key}={text!r} of recipe {recipe!r} is not {kind.__name__}") from None
+
+
+__all__ = ["RECIPES", "Recipe", "Rule", "fp8", "from_yaml", "gptq", "int8", "named", "nf4", "rtn"]

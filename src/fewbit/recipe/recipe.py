@@ -1,0 +1,77 @@
+"""Recipe: which tensor gets which Format by which solver, as frozen data.
+
+A recipe is an ordered tuple of rules; the first rule whose pattern matches a layer's name decides. Named methods are
+functions that return one (``fewbit.recipe.RECIPES``); a variant calls the function with other settings, or replaces
+a field. The data round-trips to YAML and is saved beside every checkpoint, so that one run's recipe is another
+run's input.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+
+import yaml
+
+from fewbit.errors import InputError
+from fewbit.format import Format
+from fewbit.format.codec import FORMAT_CLASSES, from_plain, to_plain
+from fewbit.solve import SOLVERS, Need, Rtn, Solver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Layers whose full name matches ``match`` (shell pattern: *, ?, [..]) get ``weight``, solved by ``solver``.
+
+    ``weight=None`` leaves them as they are.
+    """
+
+    match: str = "*"
+    weight: Format | None = None
+    solver: Solver = Rtn()
+
+    def __post_init__(self):
+        if self.weight is not None:
+            self.solver.check(self.weight)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Calibration statistics that this rule's solver or range rule uses."""
+        if self.weight is None:
+            return frozenset()
+        wants = self.weight.scale is not None and self.weight.range.wants_importance
+        return self.solver.needs | ({Need.GRAM} if wants else frozenset())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Ordered rules under a name; the first match wins, a layer that none matches stays as it is."""
+
+    name: str
+    rules: tuple[Rule, ...]
+
+    def __post_init__(self):
+        if not self.rules:
+            raise InputError(f"recipe {self.name!r} has no rules; give at least one, such as Rule(match='*', weight=...)")
+
+    def rule_for(self, layer: str) -> Rule | None:
+        """The first rule that matches the layer's full name, or None."""
+        return next((r for r in self.rules if fnmatch.fnmatchcase(layer, r.match)), None)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML text."""
+        return yaml.safe_dump(to_plain(self), sort_keys=False)
+
+
+def from_yaml(text: str, where: str = "recipe file") -> Recipe:
+    """Inverse of ``Recipe.to_yaml``. Raises ``InputError`` for anything that is not a recipe."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where} is not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{where} holds no recipe; expected the YAML that fewbit writes beside a checkpoint")
+    recipe = from_plain(data, (Recipe, Rule, *SOLVERS, *FORMAT_CLASSES))
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"{where} holds a {type(recipe).__name__}, expected a Recipe")
+    return recipe

@@ -1,0 +1,31 @@
+"""Round to nearest: no calibration unless the range rule asks for it. The baseline of every comparison."""
+
+from __future__ import annotations
+
+from fewbit.recipe.recipe import Recipe, Rule
+from fewbit.recipe.weights import weight_format
+from fewbit.solve import Rtn
+
+
+def rtn(
+    *, bits: int = 4, group_size: int = 128, symmetric: bool = True, grid: str | None = None, zero: str = "integer",
+    range: str = "minmax", scale: str = "bf16", divisor: str = "edge",
+) -> Recipe:  # fmt: skip
+    """Every linear layer of the blocks rounded to nearest, weights only."""
+    fmt = weight_format(bits, grid, group_size, symmetric, zero, range, scale, divisor)
+    return Recipe(name="rtn", rules=(Rule(match="*", weight=fmt, solver=Rtn()),))
+
+
+def int8(*, group_size: int = -1, scale: str = "bf16") -> Recipe:
+    """W8A16: 8-bit integers, one scale per output channel; nearly lossless and needs no data."""
+    return Recipe(name="int8", rules=rtn(bits=8, group_size=group_size, scale=scale).rules)
+
+
+def fp8(*, group_size: int = -1, scale: str = "bf16") -> Recipe:
+    """FP8 E4M3 weights, one scale per output channel; needs no data."""
+    return Recipe(name="fp8", rules=rtn(grid="e4m3fn", group_size=group_size, scale=scale).rules)
+
+
+def nf4(*, group_size: int = 64, scale: str = "double") -> Recipe:
+    """NF4 with double quantization (QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314)."""
+    return Recipe(name="nf4", rules=rtn(grid="nf4", group_size=group_size, scale=scale).rules)

@@ -1,0 +1,193 @@
+"""LDLQ: round one column (or ``grid.width`` columns) at a time, feeding the error forward. GPTQ is this.
+
+    min over codes of  tr( (W - Q) H (W - Q)^T ),      H = X^T X / tokens
+
+Factor H = M D M^T with M unit upper triangular (block-unit for width > 1). Then, with E = W - Q,
+
+    tr(E H E^T) = sum_i D_ii || (E M)_i ||^2,      (E M)_i = ( w_i + sum_{k<i} E_k M_ki ) - q_i
+
+so going from the first column to the last, each term is made least by rounding what stands in the bracket:
+
+    q_i = round( w_i + sum_{k<i} (w_k - q_k) M_ki )                                          (QuIP, eq. 2)
+
+GPTQ: Frantar, Ashkboos, Hoefler, Alistarh 2022, https://arxiv.org/abs/2210.17323. Its update
+W[:, j>i] -= e_i U[i, j] / U[i, i] with H^-1 = U^T U is the same rule, since M = U^-1 diag(U): Chee, Cai,
+Kuleshov, De Sa 2023 (QuIP), https://arxiv.org/abs/2307.13304, Theorem 6. Two things follow that the GPTQ codes do
+not have: H is factored once and never inverted (a third of the arithmetic), and the error is taken against the
+original weights, so blocks of ``lazy`` columns need one product with the past errors and no second copy of W.
+
+Shapes (rows are the outputs; work is transposed so that a column is contiguous):
+    w_t [in, out]   weights in processing order      e_t [in, out]   w - q      m [in, in]   M
+
+Road not taken: zeroing the weights of input channels that calibration never excited (GPTQ's reference does). They
+are rounded to nearest instead: the channel may wake up on other text.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import InputError
+from fewbit.format import Channel, Format, Group, QTensor
+from fewbit.format.format import Params
+from fewbit.solve.solver import Need, Solver, SolverWarning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ldlq(Solver):
+    """GPTQ and its relatives.
+
+    damp: share of mean(diag H) added to the diagonal; act_order: columns with the largest diag(H) first;
+    static_groups: steps are fitted once on the original weights (needed with act_order), else each group is
+    refitted when its first column is reached, on weights that carry the errors made so far; lazy: columns between
+    two products with all past errors (speed only).
+    """
+
+    damp: float = 0.01
+    act_order: bool = True
+    static_groups: bool = True
+    lazy: int = 128
+
+    def __post_init__(self):
+        if not 0 <= self.damp <= 1:
+            raise InputError(f"damp {self.damp} is outside [0, 1]; 0.01 is usual")
+        if self.lazy < 1:
+            raise InputError(f"lazy block of {self.lazy} columns is impossible; 128 is usual")
+        if self.act_order and not self.static_groups:
+            raise InputError(
+                "act_order with static_groups=false would need a gather index (g_idx) that no engine reads any more; "
+                "set static_groups=true or act_order=false"
+            )
+
+    @property
+    def needs(self):
+        return frozenset({Need.GRAM})
+
+    def check(self, fmt):
+        if not self.static_groups and (not isinstance(fmt.block, Group | Channel) or fmt.scale.scale is not None):
+            raise InputError(
+                f"static_groups=false refits scales column group by column group and cannot serve {fmt}; "
+                "set static_groups=true"
+            )
+
+    def __call__(self, w, stats, fmt):
+        return ldlq(w, stats.gram, fmt, self)
+
+
+def ldlq(w: Tensor, h: Tensor, fmt: Format, how: Ldlq) -> QTensor:
+    """Codes for ``w`` [out, in] under the Gram matrix ``h`` [in, in]; float32 or float64 as ``w`` is.
+
+    Warns with ``SolverWarning`` when damping had to be raised. Raises ``InputError`` for NaN in ``h``.
+    """
+    width, n = fmt.grid.width, w.shape[1]
+    diagonal = h.diagonal()
+    params = fmt.fit(w, diagonal)
+    order = torch.arange(n, device=w.device)
+    if how.act_order:  # whole vectors of `width` columns move together
+        order = diagonal.unflatten(0, (-1, width)).sum(-1).argsort(descending=True, stable=True)
+        order = (order[:, None] * width + torch.arange(width, device=w.device)).flatten()
+    m = unit_factor(h[order][:, order].to(w.dtype), how.damp, width)
+
+    w_t = w.t()[order].contiguous()
+    e_t = torch.empty_like(w_t)
+    codes = torch.empty(n // width, w.shape[0], dtype=fmt.grid.code_dtype, device=w.device)
+    group = fmt.block.size if isinstance(fmt.block, Group) else n
+    whole = width if how.static_groups else group  # a block holds whole vectors, or whole groups to refit
+    lazy = max(1, how.lazy // whole) * whole
+    scales, zeros = [], []  # dynamic groups: refitted one by one
+    for start in range(0, n, lazy):
+        stop = min(start + lazy, n)
+        block = w_t[start:stop] + m[:start, start:stop].t() @ e_t[:start]
+        if how.static_groups:
+            first, (s, z) = start, _rows(fmt, params, w.shape, order[start:stop])
+        for i in range(start, stop, width):
+            if not how.static_groups and i % group == 0:
+                own = fmt.fit(block[i - start : i - start + group].t(), diagonal[i : i + group])
+                first, (s, z) = i, _rows(fmt, own, (w.shape[0], group), order[:group])
+                scales.append(own.scale)
+                zeros.append(own.zero)
+            here, mine = slice(i - start, i - start + width), slice(i - first, i - first + width)
+            code, value = _round(fmt, block[here], s[mine], None if z is None else z[mine])
+            codes[i // width] = code
+            error = torch.sub(w_t[i : i + width], value, out=e_t[i : i + width])
+            rest = block[here.stop :]
+            if len(rest):
+                rest.addmm_(m[i : i + width, i + width : stop].t(), error)
+    if not how.static_groups:
+        zero = None if zeros[0] is None else torch.cat(zeros, -1)
+        params = Params(scale=torch.cat([_tensor(s) for s in scales], -1), zero=zero)
+    back = torch.empty_like(codes)
+    back[order[::width] // width] = codes
+    return QTensor(codes=back.t().contiguous(), scale=params.scale, zero=params.zero, format=fmt, shape=w.shape)
+
+
+def unit_factor(h: Tensor, damp: float, width: int = 1) -> Tensor:
+    """M of H + damp mean(diag H) I = M D M^T: unit upper triangular, block-unit for ``width`` columns. [n, n].
+
+    One Cholesky of the reversed matrix gives H = R R^T with R upper; M = R D^-1/2. A channel that was never
+    excited (zero diagonal) gets a 1, so it neither gives nor takes feedback. When the factorisation fails it is
+    tried in float64, then with ten times the damping until it succeeds, each raise reported.
+    """
+    n = len(h)
+    if not torch.isfinite(h).all():
+        raise InputError(
+            "the Gram matrix of a layer holds NaN or Inf: the model overflows on the calibration text; "
+            "calibrate in float32 and check the weights"
+        )
+    h = h.clone()
+    diagonal = h.diagonal()
+    diagonal[diagonal <= 0] = 1
+    mean = diagonal.mean().clone()
+    dtype, used = h.dtype, damp
+    added = 0.0
+    while True:
+        diagonal += (used - added) * mean
+        added = used
+        lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+        if not info:
+            break
+        if h.dtype != torch.float64:
+            h = h.double()
+            diagonal, mean = h.diagonal(), mean.double()
+            continue
+        used = max(10 * used, 1e-4)
+        if used > 1e3:
+            raise InputError("the Gram matrix of a layer is not positive definite at any damping; check the weights")
+    if used > damp:
+        warnings.warn(
+            SolverWarning(f"Cholesky failed at damping {damp:g}; raised to {used:g} of the mean diagonal"), stacklevel=2
+        )
+    r = lower.flip(0, 1)
+    if width == 1:
+        return (r / r.diagonal()).to(dtype)
+    tiles = r.unflatten(0, (-1, width)).unflatten(2, (-1, width))  # [N, w, N, w]
+    own = tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [N, w, w], upper triangular
+    columns = r.unflatten(1, (n // width, width)).transpose(0, 1)  # [N, n, w]
+    m = torch.linalg.solve_triangular(own, columns, upper=True, left=False)
+    return m.transpose(0, 1).flatten(1).to(dtype)
+
+
+def _rows(fmt: Format, params: Params, shape: tuple[int, ...], columns: Tensor):
+    """Step and zero of some columns, transposed to [len(columns), out or 1]."""
+    s, z = fmt.columns(params, shape, columns)
+    return s.t().contiguous(), None if z is None else z.t().contiguous()
+
+
+def _round(fmt: Format, rows: Tensor, s: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``width`` transposed columns [width, out] -> codes [out] and their values [width, out]."""
+    if fmt.grid.width == 1:
+        code = fmt.code(rows, s, z)
+        return code, fmt.decode(code, s, z)
+    code = fmt.code(rows.t(), s.t(), None if z is None else z.t())
+    return code.squeeze(-1), fmt.decode(code, s.t(), None if z is None else z.t()).t()
+
+
+def _tensor(scale: Tensor | QTensor) -> Tensor:
+    """Refitted scales are joined along the groups; only plain tensors can be."""
+    if isinstance(scale, QTensor):
+        raise InputError(f"static_groups=false cannot join scales stored as {scale.format}; set static_groups=true")
+    return scale
