@@ -76,9 +76,7 @@ def size_bytes(checkpoint: str | Path) -> int:
         return path.stat().st_size
     files: list[Path] = []
     if (path / INDEX).is_file():
-        files = [
-            path / name for name in sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
-        ]
+        files = [path / name for name in _shards(path / INDEX)]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise InputError(f"{path} lacks {missing[0]}, which its {INDEX} names: fetch or write it again")
@@ -89,6 +87,13 @@ def size_bytes(checkpoint: str | Path) -> int:
             f"{path} holds no weight files: expected a folder with *.safetensors or *.gguf in it"
         )
     return sum(file.stat().st_size for file in files)
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{index} is no index of shards: expected JSON with a weight_map") from None
 
 
 def _now(device: torch.device) -> float:

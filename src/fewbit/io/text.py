@@ -26,7 +26,7 @@ from fewbit.errors import InputError
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".json-lines", ".json")
 PLAIN = (".txt", ".md", ".text", ".raw", ".rst", ".csv", ".tsv", ".gz", ".zip", ".parquet")
 HUB_CHARACTERS = 20_000_000  # of text that is read from one hub data set
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:]*){0,2}")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:]*){0,2}")
 
 
 class Join(Enum):
