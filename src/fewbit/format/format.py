@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
-from fewbit.format.block import Block, PerTensor
+from fewbit.format.block import Block, Channel, Group, PerTensor
 from fewbit.format.fit import AbsMax, Range
 from fewbit.format.qtensor import QTensor, value_of
 from fewbit.grid.grid import Grid
@@ -203,7 +203,7 @@ class Format:
         scale = self._nonzero(value_of(params.scale)).to(x.dtype).unsqueeze(-1)
         zero = None if params.zero is None else params.zero.to(x.dtype).unsqueeze(-1)
         codes = self.code(self.block.split(x), scale, zero, generator)
-        shape = (*x.shape[:-1], x.shape[-1] // self.grid.width)
+        shape = x.shape if self.grid.width == 1 else (*x.shape[:-1], x.shape[-1] // self.grid.width)
         return QTensor(
             codes=self.block.join(codes, shape), scale=params.scale, zero=params.zero, format=self, shape=x.shape
         )
@@ -217,6 +217,11 @@ class Format:
         scale = self.block.take(self._nonzero(value_of(params.scale)), shape, columns)
         zero = None if params.zero is None else self.block.take(params.zero.to(scale.dtype), shape, columns)
         return scale, zero
+
+    @property
+    def rows_independent(self) -> bool:
+        """True when rows of a matrix can be quantized apart with the same result: no block or scale spans rows."""
+        return isinstance(self.block, Channel | Group) and self.scale is not None and self.scale.scale is None
 
     # -- size ---------------------------------------------------------------------------------------------------
 

@@ -62,6 +62,20 @@ class QTensor:
             bits += self.format.zero_bits * self.zero.numel()
         return bits / math.prod(self.shape)
 
+    def rows(self, start: int, stop: int) -> QTensor:
+        """Rows ``start`` to ``stop`` of a matrix [out, in]; only for formats whose rows are independent."""
+        assert self.format.rows_independent, f"{self.format} couples rows"
+        part = slice(start, stop)
+        scale = self.scale
+        if isinstance(scale, QTensor):
+            shape = torch.Size((stop - start, *scale.shape[1:]))
+            scale = QTensor(codes=scale.codes[part], scale=None, zero=None, format=scale.format, shape=shape)
+        else:
+            scale = scale[part]
+        zero = None if self.zero is None else self.zero[part]
+        shape = torch.Size((stop - start, *self.shape[1:]))
+        return QTensor(codes=self.codes[part], scale=scale, zero=zero, format=self.format, shape=shape)
+
     def to(self, device: torch.device | str) -> QTensor:
         """The same on another device."""
         scale = self.scale if self.scale is None else self.scale.to(device)

@@ -1,0 +1,291 @@
+"""Preflight: everything that can be known, and refused, before any work is done.
+
+Which tensor gets which Format by which solver; bits per weight with scales and zeros; size of the output; predicted
+peak memory and time; and which checkpoint format can hold the result. A rule that matches nothing, a block that
+does not tile a layer, a format that a solver cannot serve and a disk that is too small raise here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fewbit.errors import InputError
+from fewbit.format import Format
+from fewbit.io import compressed_tensors, native
+from fewbit.io.skeleton import build_skeleton, parameter_map
+from fewbit.io.source import Source
+from fewbit.recipe import Recipe
+from fewbit.recipe.recipe import Rule
+from fewbit.solve import Need
+from fewbit.stream.blocks import Blocks, find_blocks, is_transposed, linears, weight_of
+from fewbit.stream.data import Calibration
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedLayer:
+    """One linear layer and what the recipe does with it.
+
+    module: name in the model; name: name in the checkpoint; block: index of its block; shape: (out, in).
+    """
+
+    module: str
+    name: str
+    block: int
+    shape: tuple[int, int]
+    transposed: bool
+    rule: Rule
+
+    @property
+    def format(self) -> Format:
+        """The Format of its weight."""
+        return self.rule.weight
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight."""
+        return self.format.bits_per_weight(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will do. Built by ``make_plan``; sizes in bytes, time in seconds."""
+
+    source: Source
+    recipe: Recipe
+    calibration: Calibration | None
+    layers: tuple[PlannedLayer, ...]
+    left: tuple[str, ...]  # linear layers that stay as they are (checkpoint names)
+    unused: tuple[str, ...]  # stored tensors that no parameter of the model uses
+    checkpoint: str  # "compressed-tensors" or "native"
+    checkpoint_reason: str  # why not compressed-tensors, or ""
+    size_bytes: int
+    source_bytes: int
+    depth: str  # where forwards are suspended: "linear" or "block"
+    peak_bytes: int
+    seconds: float
+    device: str
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean stored bits over the weights that are quantized."""
+        n = sum(math.prod(layer.shape) for layer in self.layers)
+        return sum(layer.bits_per_weight * math.prod(layer.shape) for layer in self.layers) / n
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Calibration statistics that any layer needs."""
+        return frozenset().union(*(layer.rule.needs for layer in self.layers))
+
+    def as_dict(self) -> dict:
+        """Plain data for ``fewbit plan --json``."""
+        return {
+            "model": self.source.name,
+            "recipe": self.recipe.name,
+            "layers": [
+                {
+                    "layer": layer.name,
+                    "shape": list(layer.shape),
+                    "format": str(layer.format),
+                    "solver": type(layer.rule.solver).__name__.lower(),
+                    "bits_per_weight": layer.bits_per_weight,
+                    "size_bytes": math.ceil(layer.bits_per_weight * math.prod(layer.shape) / 8),
+                }
+                for layer in self.layers
+            ],
+            "left": list(self.left),
+            "unused": list(self.unused),
+            "checkpoint": self.checkpoint,
+            "checkpoint_reason": self.checkpoint_reason,
+            "bits_per_weight": self.bits_per_weight,
+            "size_bytes": self.size_bytes,
+            "source_bytes": self.source_bytes,
+            "calibration_tokens": self.calibration.samples * self.calibration.seqlen if self.calibration else 0,
+            "depth": self.depth,
+            "peak_bytes": self.peak_bytes,
+            "seconds": self.seconds,
+            "device": self.device,
+        }
+
+
+def make_plan(
+    source: Source,
+    recipe: Recipe,
+    calibration: Calibration,
+    *,
+    output: Path | None = None,
+    device: str = "cpu",
+    depth: str = "auto",
+) -> tuple[Plan, nn.Module, Blocks, dict[str, str]]:
+    """The plan, and what it was made from: skeleton, blocks, parameter map (for the run that follows).
+
+    Raises ``InputError`` for everything that cannot work.
+    """
+    model = build_skeleton(source)
+    mapping, unused = parameter_map(source, model)
+    blocks = find_blocks(model)
+    layers, left = assign(model, blocks, recipe, mapping)
+    refusals = (compressed_tensors.refusal(layer.format, layer.transposed) for layer in layers)
+    reason = next((r for r in refusals if r), "")
+    needs = frozenset().union(*(layer.rule.needs for layer in layers))
+    used = calibration if needs else None
+    info = source.tensors()
+    quantized = {f"{layer.name}.weight" for layer in layers}
+    item = torch.empty((), dtype=source.dtype).element_size()
+    stored = set(mapping.values())
+    rest = sum(math.prod(info[n].shape) * item for n in stored if n in info and n not in quantized)
+    codes = sum(layer.bits_per_weight * math.prod(layer.shape) / 8 for layer in layers)
+    size = math.ceil(codes + rest)
+    if output is not None:
+        _check_disk(output, size)
+    chosen, peak = _memory(model, blocks, layers, info, mapping, used, device, depth)
+    plan = Plan(
+        source=source,
+        recipe=recipe,
+        calibration=used,
+        layers=tuple(layers),
+        left=tuple(left),
+        unused=tuple(unused),
+        checkpoint="native" if reason else "compressed-tensors",
+        checkpoint_reason=reason,
+        size_bytes=size,
+        source_bytes=sum(info[n].nbytes for n in stored if n in info),
+        depth=chosen,
+        peak_bytes=peak,
+        seconds=_seconds(blocks, layers, used, device),
+        device=device,
+    )
+    return plan, model, blocks, mapping
+
+
+def codec(plan_or_checkpoint: Plan | str):
+    """The io module that writes this plan's checkpoint format."""
+    name = plan_or_checkpoint if isinstance(plan_or_checkpoint, str) else plan_or_checkpoint.checkpoint
+    return native if name == "native" else compressed_tensors
+
+
+def assign(
+    model: nn.Module, blocks: Blocks, recipe: Recipe, mapping: dict[str, str]
+) -> tuple[list[PlannedLayer], list[str]]:
+    """The layers a recipe quantizes, and the names of the linear layers it leaves.
+
+    Rules see a layer's name in the model. Raises ``InputError`` for a rule that matches nothing and for a block
+    that does not tile.
+    """
+    layers, left, used = [], [], set()
+    inside = {f"{b}.{n}": (i, m) for i, b in enumerate(blocks.names) for n, m in linears(blocks.modules[i]).items()}
+    for name, module in linears(model).items():
+        stored = mapping.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+        rule = recipe.rule_for(name) if name in inside else None
+        if rule is not None:
+            used.add(rule)
+        if rule is None or rule.weight is None:
+            left.append(stored)
+            continue
+        shape = tuple(weight_of(module).shape)
+        rule.weight.block.check(shape, f"layer {name}")
+        layers.append(
+            PlannedLayer(
+                module=name, name=stored, block=inside[name][0], shape=shape, transposed=is_transposed(module), rule=rule
+            )
+        )
+    for i, rule in enumerate(recipe.rules, 1):
+        if rule not in used:
+            some = ", ".join(list(inside)[:3])
+            raise InputError(
+                f"rule {i} of recipe {recipe.name!r} (match={rule.match!r}) applies to none of the {len(inside)} linear "
+                f"layers in the blocks; a pattern must match full names such as {some}, and no earlier rule may take them"
+            )
+    if not layers:
+        raise InputError(f"recipe {recipe.name!r} leaves every layer as it is; give a rule with a weight format")
+    return layers, left
+
+
+def _check_disk(output: Path, size: int) -> None:
+    """Twice the result must fit while finished blocks are put together into shards."""
+    folder = output.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < 2 * size + (1 << 20):
+        raise InputError(
+            f"{folder} has {free / 1e6:,.0f} MB free and this run needs {2 * size / 1e6:,.0f} MB; free some space or "
+            "choose another output folder with -o"
+        )
+
+
+def _memory(model, blocks, layers, info, mapping, calibration, device, depth) -> tuple[str, int]:
+    """(depth, predicted peak bytes on the device that computes): weights of one block, activations, Gram matrices."""
+    per_block = [sum(p.numel() for p in b.parameters()) * 4 for b in blocks.modules]
+    largest = max(math.prod(layer.shape) for layer in layers) * 4
+    outer = sum(p.numel() for p in model.parameters()) * 4 - sum(per_block)
+    base = 0 if device != "cpu" else _resident()
+    tokens = calibration.samples * calibration.seqlen if calibration else 64
+    widths = sorted({layer.shape[1] for layer in layers if layer.block == 0} or {layers[0].shape[1]})
+    hidden = widths[0]
+    grams = widths[-1] ** 2 * 4 * 4  # H, its permuted copy, its factor and M
+    alive = {
+        "linear": tokens * 4 * (3 * hidden + 2 * widths[-1]),
+        "block": tokens * 4 * 2 * hidden + sum(w * w * 4 for w in widths) * 2,
+    }
+    # Embeddings and head are resident only while no activations are: at the very start and the very end.
+    def peak(d: str) -> int:
+        return int(base + max(outer * 1.3, max(per_block) * 1.2 + alive[d] + (grams if calibration else 0) + 4 * largest))
+
+    if depth == "auto":
+        depth = "linear" if peak("linear") < 0.8 * _available(device) else "block"
+    if depth not in alive:
+        raise InputError(f"depth {depth!r} is unknown; choose auto, linear or block")
+    if peak(depth) > _available(device):
+        raise InputError(
+            f"this run needs about {peak(depth) / 1e9:.1f} GB and {device} has {_available(device) / 1e9:.1f} GB; use "
+            "fewer --samples or a shorter --seqlen"
+        )
+    return depth, peak(depth)
+
+
+def _resident() -> int:
+    """Resident bytes of this process now."""
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux: the usual size of torch and transformers
+        return 500_000_000
+
+
+def _available(device: str) -> int:
+    """Bytes that could be used on the device."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    try:
+        with open("/proc/meminfo") as f:
+            kb = {line.split(":")[0]: int(line.split()[1]) for line in f}
+        return kb["MemAvailable"] * 1024 + _resident()
+    except (OSError, KeyError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _seconds(blocks, layers, calibration, device) -> float:
+    """Predicted wall time from the arithmetic and a 30 ms measurement of this device's matrix product."""
+    weights = sum(math.prod(layer.shape) for layer in layers)
+    flops = 0.0
+    if calibration:
+        tokens = calibration.samples * calibration.seqlen
+        flops += 2 * tokens * weights
+        flops += sum(tokens * w * w for b in range(len(blocks)) for w in {x.shape[1] for x in layers if x.block == b})
+    a = torch.randn(512, 512, device=device)
+    start, runs = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.03:
+        (a @ a)[0, 0].item()
+        runs += 1
+    rate = runs * 2 * 512**3 / (time.perf_counter() - start)
+    solving = sum(layer.shape[1] * 60e-6 for layer in layers if Need.GRAM in layer.rule.solver.needs)
+    fitting = sum(math.prod(x.shape) * getattr(x.format.range, "steps", 1) * 4e-9 for x in layers)
+    return 1.3 * flops / rate + solving + fitting + weights * 2e-8 + 3
