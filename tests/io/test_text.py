@@ -29,7 +29,7 @@ def test_the_default_is_a_few_hundred_kilobytes_of_english_and_names_its_version
 
 
 def test_documents_of_a_text_file_are_its_lines_with_their_newlines(tmp_path):
-    # A form feed, U+2028 and a lone CR end no line; a byte order mark and CRLF belong to the file, not the text.
+    # A form feed, U+2028 and a lone CR end no line; byte order mark and CRLF are the file's, not the text's.
     path = _file(tmp_path, "a.txt", "\ufeffone\r\n\r\ntwo\f\u2028\rstill two\nthree".encode())
     assert read_text(path) == Text(str(path), ("one\n", "\n", "two\f\u2028\rstill two\n", "three"))
     assert read_text(str(path)).documents == read_text(path).documents
