@@ -74,7 +74,7 @@ class Grid(ABC):
         """The values of canonical codes (any integer dtype), same shape, exact if ``dtype`` can hold them."""
 
     def snap(self, x: Tensor) -> Tensor:
-        """``value(round(x))`` in the dtype of x: the nearest point itself. Searches over ranges call it most."""
+        """``value(round(x))`` in the dtype of x: the nearest point itself. What range searches call."""
         return self.value(self.round(x), x.dtype)
 
     @abstractmethod
