@@ -24,8 +24,17 @@ def test_the_default_is_a_few_hundred_kilobytes_of_english_and_names_its_version
     whole = "".join(text.documents)
     assert len(whole) > 300_000
     assert whole.count(" the ") > 3_000
-    assert text.name == f"pydoc_data.topics of CPython {sys.version.split()[0]}"
+    assert text.name == f"embedded (pydoc_data.topics of CPython {sys.version.split()[0]})"
     assert all(line.endswith("\n") for line in text.documents[:-1])
+    assert read_text("embedded") == text
+
+
+def test_the_held_out_part_is_a_few_windows_long_and_shares_no_paragraph_with_the_default():
+    used, held = (read_text(spec) for spec in ("embedded", "embedded:eval"))
+    paragraphs = [set("".join(text.documents).split("\n\n")) for text in (used, held)]
+    assert not {p.strip() for p in paragraphs[0]} & {p.strip() for p in paragraphs[1]}
+    assert 40_000 < len("".join(held.documents)) < len("".join(used.documents)) / 5
+    assert held.name.startswith("embedded:eval ")
 
 
 def test_documents_of_a_text_file_are_its_lines_with_their_newlines(tmp_path):

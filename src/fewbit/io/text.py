@@ -26,6 +26,9 @@ from fewbit.errors import InputError
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".json-lines", ".json")
 PLAIN = (".txt", ".md", ".text", ".raw", ".rst", ".csv", ".tsv", ".gz", ".zip", ".parquet")
 HUB_CHARACTERS = 20_000_000  # of text that is read from one hub data set
+EMBEDDED = "embedded"  # the default of calibration
+HELD_OUT = "embedded:eval"  # the default of evaluation
+PAGE_CHARACTERS, HOLD_OUT_EVERY = 16_000, 8
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:]*){0,2}")
 
 
@@ -57,8 +60,9 @@ class Text:
 def read_text(spec: str | Path | None = None) -> Text:
     """The text that ``spec`` names.
 
-    ``None``: the embedded default, the language topics of ``pydoc`` (465,000 characters of English in CPython
-    3.11; other versions differ a little, so the name tells the version).
+    ``None`` or ``embedded``: the default, seven eighths of the language topics of ``pydoc`` (373,000 characters
+    of English in CPython 3.11 when each paragraph counts once; other versions differ a little, so the name
+    tells the version). ``embedded:eval``: the other eighth, which shares no paragraph with it.
     A path: UTF-8 text; ``.jsonl`` and its kin give one document per line, from the field ``text`` or else the
     only field that holds a string. CRLF line ends are read as LF.
     Otherwise ``name[:config][:split]`` of a hub data set (split ``train`` unless told), such as
@@ -66,8 +70,8 @@ def read_text(spec: str | Path | None = None) -> Text:
 
     Raises InputError for what does not exist, is no file, is empty, or cannot be decoded.
     """
-    if spec is None:
-        return _embedded()
+    if spec is None or spec in (EMBEDDED, HELD_OUT):
+        return _embedded(spec or EMBEDDED)
     if not str(spec).strip():
         raise InputError(
             "the name of the text is empty: give a file, a hub data set, or None for the default"
@@ -107,7 +111,7 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _embedded() -> Text:
+def _embedded(part: str) -> Text:
     from platform import python_version
 
     try:
@@ -116,8 +120,19 @@ def _embedded() -> Text:
         raise InputError(
             "this Python lacks pydoc_data.topics, the embedded default text: name a text file instead"
         ) from None
-    whole = "\n".join(topics[name] for name in sorted(topics))
-    return Text(f"pydoc_data.topics of CPython {python_version()}", tuple(io.StringIO(whole)))
+    # Topics quote each other at length: a paragraph counts where it stands first, or it would be on both sides.
+    whole = (paragraph.strip("\n") for name in sorted(topics) for paragraph in topics[name].split("\n\n"))
+    pages, characters = [[]], 0
+    for paragraph in dict.fromkeys(filter(str.strip, whole)):
+        if characters >= PAGE_CHARACTERS:
+            pages.append([])
+            characters = 0
+        pages[-1].append(paragraph + "\n")
+        characters += len(pages[-1][-1])
+    held = HOLD_OUT_EVERY // 2
+    chosen = [page for i, page in enumerate(pages) if (i % HOLD_OUT_EVERY == held) == (part == HELD_OUT)]
+    lines = io.StringIO("\n".join(paragraph for page in chosen for paragraph in page))
+    return Text(f"{part} (pydoc_data.topics of CPython {python_version()})", tuple(lines))
 
 
 def _file(name: str, path: Path) -> Text:
