@@ -1,11 +1,12 @@
 """Dense bit packing: fields of b bits, least significant first, as one stream per row.
 
 Element c of a row occupies bits ``c*b .. c*b + b - 1`` of the row's stream, so fields may cross byte and word
-borders (3 bits: 32 values in 3 words). Read as little-endian bytes or as little-endian int32 words it is the same
-stream; a row is filled with zero bits up to a whole word. This is the layout of compressed-tensors'
+borders (3 bits: 32 values in 3 words). Read as little-endian bytes or as little-endian int32 words it is the
+same stream; a row is filled with zero bits up to a whole word. This is the layout of compressed-tensors'
 ``pack-quantized`` since 0.18 and of fewbit's own checkpoints.
 
-Road not taken: padding odd widths to the next power of two (HQQ, bitsandbytes), which stores 3 bits as 3.2 or 4.
+Road not taken: padding odd widths to the next power of two (HQQ, bitsandbytes), which stores 3 bits as 3.2 or
+4.
 """
 
 from __future__ import annotations
@@ -18,25 +19,37 @@ _POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def row_bytes(columns: int, bits: int, word: int = 1) -> int:
-    """Bytes of one packed row of ``columns`` fields of ``bits`` bits, filled to a multiple of ``word`` bytes."""
+    """Bytes of one packed row of ``columns`` fields of ``bits`` bits, filled to a multiple of ``word``
+    bytes.
+    """
     return -(-columns * bits // (8 * word)) * word
 
 
 def pack(fields: Tensor, bits: int, word: int = 1) -> Tensor:
-    """Unsigned fields [..., n] (any integer dtype, 0 <= u < 2**bits) -> uint8 [..., row_bytes(n, bits, word)]."""
+    """Unsigned fields [..., n] (any integer dtype, 0 <= u < 2**bits) -> uint8 [..., row_bytes(n, bits,
+    word)].
+    """
     n = fields.shape[-1]
     length = row_bytes(n, bits, word)
-    if bits == 8 and length == n:
-        return fields.to(torch.uint8)
     if 8 % bits == 0 and n * bits % 8 == 0:
-        per = 8 // bits  # whole fields in a byte: no bit ever crosses, so pack by shifts
-        u = fields.to(torch.uint8).unflatten(-1, (-1, per))
+        u = fields.to(torch.uint8).unflatten(-1, (-1, 8 // bits))  # no field crosses a byte
         out = u[..., 0].clone()
-        for i in range(1, per):
+        for i in range(1, 8 // bits):
             out |= u[..., i] << (i * bits)
         return _fill(out, length)
-    if bits in (16, 32):
-        whole = fields.to(torch.int64) & ((1 << bits) - 1)
+    if bits < 8:
+        u = fields.to(torch.uint8)
+        u = torch.nn.functional.pad(u, (0, -n % 8)).unflatten(-1, (-1, 8))  # 8 fields are ``bits`` bytes
+        out = u.new_zeros(*u.shape[:-1], bits)
+        for i in range(8):
+            byte, shift = divmod(i * bits, 8)
+            out[..., byte] |= u[..., i] << shift  # bits beyond the byte fall off
+            if shift + bits > 8:
+                out[..., byte + 1] |= u[..., i] >> (8 - shift)
+        out = out.flatten(-2)
+        return out[..., :length] if out.shape[-1] > length else _fill(out, length)
+    if bits % 8 == 0:
+        whole = fields.to(torch.int64)
         parts = [((whole >> (8 * i)) & 255).to(torch.uint8) for i in range(bits // 8)]
         return _fill(torch.stack(parts, -1).flatten(-2), length)
     shifts = torch.arange(bits, device=fields.device)
@@ -48,19 +61,31 @@ def pack(fields: Tensor, bits: int, word: int = 1) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Inverse of ``pack``: uint8 [..., bytes] -> fields [..., columns], uint8 up to 8 bits and int64 above."""
+    """Inverse of ``pack``: uint8 [..., bytes] -> fields [..., columns], uint8 up to 8 bits and int64
+    above.
+    """
     if bits == 8:
         return packed[..., :columns]
     if 8 % bits == 0:
-        per = 8 // bits
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-        fields = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-        return fields.flatten(-2)[..., :columns] if per > 1 else packed[..., :columns]
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    stream = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., : columns * bits].unflatten(-1, (columns, bits))
+        return ((packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)[..., :columns]
     if bits < 8:
-        weights = torch.tensor(_POWERS[:bits], dtype=torch.uint8, device=packed.device)
-        return (stream * weights).sum(-1, dtype=torch.uint8)
+        groups = -(-columns // 8)
+        runs = _fill(packed[..., : groups * bits], groups * bits).unflatten(-1, (groups, bits))
+        out = runs.new_empty(*runs.shape[:-1], 8)
+        for i in range(8):
+            byte, shift = divmod(i * bits, 8)
+            u = runs[..., byte] >> shift
+            if shift + bits > 8:
+                u = u | (runs[..., byte + 1] << (8 - shift))
+            out[..., i] = u & ((1 << bits) - 1)
+        return out.flatten(-2)[..., :columns]
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    stream = (
+        ((packed.unsqueeze(-1) >> shifts) & 1)
+        .flatten(-2)[..., : columns * bits]
+        .unflatten(-1, (columns, bits))
+    )
     weights = 1 << torch.arange(bits, device=packed.device)
     return (stream.to(torch.int64) * weights).sum(-1)
 
