@@ -23,7 +23,7 @@ def test_the_default_is_a_few_hundred_kilobytes_of_english_and_names_its_version
     text = read_text()
     whole = "".join(text.documents)
     assert len(whole) > 300_000
-    assert whole.count(" the ") > 3_000
+    assert whole.count(" the ") > 2_000
     assert text.name == f"embedded (pydoc_data.topics of CPython {sys.version.split()[0]})"
     assert all(line.endswith("\n") for line in text.documents[:-1])
     assert read_text("embedded") == text
@@ -31,8 +31,8 @@ def test_the_default_is_a_few_hundred_kilobytes_of_english_and_names_its_version
 
 def test_the_held_out_part_is_a_few_windows_long_and_shares_no_paragraph_with_the_default():
     used, held = (read_text(spec) for spec in ("embedded", "embedded:eval"))
-    paragraphs = [set("".join(text.documents).split("\n\n")) for text in (used, held)]
-    assert not {p.strip() for p in paragraphs[0]} & {p.strip() for p in paragraphs[1]}
+    paragraphs = [{" ".join(p.split()) for p in "".join(t.documents).split("\n\n")} for t in (used, held)]
+    assert not paragraphs[0] & paragraphs[1]
     assert 40_000 < len("".join(held.documents)) < len("".join(used.documents)) / 5
     assert held.name.startswith("embedded:eval ")
 

@@ -60,9 +60,9 @@ class Text:
 def read_text(spec: str | Path | None = None) -> Text:
     """The text that ``spec`` names.
 
-    ``None`` or ``embedded``: the default, seven eighths of the language topics of ``pydoc`` (373,000 characters
-    of English in CPython 3.11 when each paragraph counts once; other versions differ a little, so the name
-    tells the version). ``embedded:eval``: the other eighth, which shares no paragraph with it.
+    ``None`` or ``embedded``: the default, seven eighths of the language topics of ``pydoc`` (370,000
+    characters of English in CPython 3.11 when each paragraph counts once; other versions differ a little,
+    so the name tells the version). ``embedded:eval``: the other eighth, which shares no paragraph with it.
     A path: UTF-8 text; ``.jsonl`` and its kin give one document per line, from the field ``text`` or else the
     only field that holds a string. CRLF line ends are read as LF.
     Otherwise ``name[:config][:split]`` of a hub data set (split ``train`` unless told), such as
@@ -120,10 +120,15 @@ def _embedded(part: str) -> Text:
         raise InputError(
             "this Python lacks pydoc_data.topics, the embedded default text: name a text file instead"
         ) from None
-    # Topics quote each other at length: a paragraph counts where it stands first, or it would be on both sides.
-    whole = (paragraph.strip("\n") for name in sorted(topics) for paragraph in topics[name].split("\n\n"))
+    # Topics quote each other at length, here indented and there not: a paragraph counts where it stands first,
+    # or it would be on both sides.
+    unique: dict[str, str] = {}
+    for name in sorted(topics):
+        for paragraph in topics[name].split("\n\n"):
+            unique.setdefault(" ".join(paragraph.split()), paragraph.strip("\n"))
+    unique.pop("", None)
     pages, characters = [[]], 0
-    for paragraph in dict.fromkeys(filter(str.strip, whole)):
+    for paragraph in unique.values():
         if characters >= PAGE_CHARACTERS:
             pages.append([])
             characters = 0
