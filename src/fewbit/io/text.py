@@ -120,7 +120,7 @@ def _embedded(part: str) -> Text:
         raise InputError(
             "this Python lacks pydoc_data.topics, the embedded default text: name a text file instead"
         ) from None
-    # Topics quote each other at length, here indented and there not: a paragraph counts where it stands first,
+    # Topics quote each other at length, indented here and not there: a paragraph counts where it is first,
     # or it would be on both sides.
     unique: dict[str, str] = {}
     for name in sorted(topics):
