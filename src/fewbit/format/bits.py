@@ -80,6 +80,12 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
                 u = u | (runs[..., byte + 1] << (8 - shift))
             out[..., i] = u & ((1 << bits) - 1)
         return out.flatten(-2)[..., :columns]
+    if bits % 8 == 0:
+        parts = packed[..., : columns * bits // 8].unflatten(-1, (columns, bits // 8))
+        out = parts[..., 0].to(torch.int64)
+        for i in range(1, bits // 8):
+            out |= parts[..., i].to(torch.int64) << (8 * i)
+        return out
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     stream = (
         ((packed.unsqueeze(-1) >> shifts) & 1)
