@@ -77,11 +77,22 @@ def test_the_core_holds_its_line_budget():
 def test_import_is_light():
     code = (
         "import sys, torch; before = set(sys.modules); import fewbit; "
-        "print(sorted(m.split('.')[0] for m in set(sys.modules) - before)); print(torch.cuda.is_initialized())"
+        "print(sorted(m.split('.')[0] for m in set(sys.modules) - before)); "
+        "print(torch.cuda.is_initialized())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded, cuda = done.stdout.splitlines()
-    heavy = {"transformers", "numba", "scipy", "gguf", "typer", "rich", "compressed_tensors", "datasets", "triton"}
+    heavy = {
+        "transformers",
+        "numba",
+        "scipy",
+        "gguf",
+        "typer",
+        "rich",
+        "compressed_tensors",
+        "datasets",
+        "triton",
+    }
     assert not heavy & set(ast.literal_eval(loaded))
     assert cuda == "False"
 

@@ -7,8 +7,28 @@ import torch
 
 from fewbit.errors import InputError
 from fewbit.format import (
-    BF16, DOUBLE_QUANT, E4M3_OVER_FP32, E8M0, FP16, FP32, MSE, SCALES, AbsMax, Block2d, Channel, Divisor, Flat, Format,
-    Group, MinMax, Percentile, PerTensor, QTensor, Token, Zero, value_of,
+    BF16,
+    DOUBLE_QUANT,
+    E4M3_OVER_FP32,
+    E8M0,
+    FP16,
+    FP32,
+    MSE,
+    SCALES,
+    AbsMax,
+    Block2d,
+    Channel,
+    Divisor,
+    Flat,
+    Format,
+    Group,
+    MinMax,
+    Percentile,
+    PerTensor,
+    QTensor,
+    Token,
+    Zero,
+    value_of,
 )  # fmt: skip
 from fewbit.format.codec import from_plain, to_plain
 from fewbit.grid import GRIDS, Int, by_name
@@ -89,9 +109,13 @@ def test_two_symmetric_divisors_at_four_bits():
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("values", [[5.0, 6.0, 5.5, 5.2], [-5.0, -6.0, -5.5, -5.2], [2.0] * 4, [0.0] * 4, [0, 0, 0, 7.0]])
+@pytest.mark.parametrize(
+    "values", [[5.0, 6.0, 5.5, 5.2], [-5.0, -6.0, -5.5, -5.2], [2.0] * 4, [0.0] * 4, [0, 0, 0, 7.0]]
+)
 def test_integer_zero_keeps_zero_exact_and_in_range(bits, signed, values):
-    fmt = Format(grid=Int(bits, signed=signed), block=Channel(), scale=FP32, zero=Zero.INTEGER, range=MinMax())
+    fmt = Format(
+        grid=Int(bits, signed=signed), block=Channel(), scale=FP32, zero=Zero.INTEGER, range=MinMax()
+    )
     x = torch.tensor([values])
     q = fmt.quantize(x)
     assert fmt.grid.min <= int(q.zero) <= fmt.grid.max
@@ -103,7 +127,9 @@ def test_integer_zero_keeps_zero_exact_and_in_range(bits, signed, values):
 
 
 def test_the_offset_is_computed_from_the_step_as_stored():
-    """With steps rounded to powers of two, the block's minimum is still exact: code 'min' plus offset is lo."""
+    """With steps rounded to powers of two, the block's minimum is still exact: code 'min' plus offset is
+    lo.
+    """
     x = sample(2) + 40
     fmt = Format(grid=by_name("int8"), block=Channel(), scale=E8M0, zero=Zero.OFFSET, range=MinMax())
     got = fmt.quantize(x).dequantize()
@@ -138,7 +164,9 @@ def test_split_and_join_are_inverse_and_take_gives_each_column_its_step(block):
     assert torch.equal(block.take(p, x.shape, columns).expand(64, 40), dense[:, columns])
 
 
-@pytest.mark.parametrize(("block", "shape"), [(Group(64), (8, 100)), (Block2d(16, 16), (24, 32)), (Block2d(8, 48), (8, 64))])
+@pytest.mark.parametrize(
+    ("block", "shape"), [(Group(64), (8, 100)), (Block2d(16, 16), (24, 32)), (Block2d(8, 48), (8, 64))]
+)
 def test_a_block_that_does_not_tile_is_refused_with_a_remedy(block, shape):
     with pytest.raises(InputError, match=r"use|choose"):
         Format(grid=by_name("int4"), block=block, scale=FP32).quantize(torch.ones(shape))
@@ -147,7 +175,9 @@ def test_a_block_that_does_not_tile_is_refused_with_a_remedy(block, shape):
 def test_finer_blocks_lower_the_error():
     x = sample(6, (128, 256)) * torch.rand(256, generator=torch.Generator().manual_seed(1))
     error = [
-        float((Format(grid=by_name("int4"), block=b, scale=FP32).quantize(x).dequantize() - x).square().mean())
+        float(
+            (Format(grid=by_name("int4"), block=b, scale=FP32).quantize(x).dequantize() - x).square().mean()
+        )
         for b in (PerTensor(), Channel(), Group(64), Group(16))
     ]
     assert error == sorted(error, reverse=True)

@@ -17,13 +17,17 @@ def layer(seed=0, out=48, n=128, tokens=1000):
     """A random weight and the Gram matrix of correlated inputs, float64."""
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(out, n, generator=g, dtype=torch.float64)
-    mix = torch.randn(n, n, generator=g, dtype=torch.float64) * torch.rand(n, generator=g, dtype=torch.float64)
+    mix = torch.randn(n, n, generator=g, dtype=torch.float64) * torch.rand(
+        n, generator=g, dtype=torch.float64
+    )
     x = torch.randn(tokens, n, generator=g, dtype=torch.float64) @ mix
     return w, x.t() @ x / tokens
 
 
 def literal_gptq(w, h, fmt, damp=0.01, order=None):
-    """Column by column as the paper's algorithm 1 writes it, with H inverted, no blocks; static parameters."""
+    """Column by column as the paper's algorithm 1 writes it, with H inverted, no blocks; static
+    parameters.
+    """
     n = len(h)
     order = torch.arange(n) if order is None else order
     h = h + damp * h.diagonal().mean() * torch.eye(n, dtype=h.dtype)
@@ -49,7 +53,9 @@ def output_error(w, q, h):
 FORMATS = {
     "int4-g32": Format(grid=by_name("int4"), block=Group(32), scale=FP32),
     "int3-asym": Format(grid=by_name("int3"), block=Group(32), scale=FP32, zero=Zero.INTEGER, range=MinMax()),
-    "int2-offset": Format(grid=by_name("int2"), block=Group(16), scale=FP32, zero=Zero.OFFSET, range=MinMax()),
+    "int2-offset": Format(
+        grid=by_name("int2"), block=Group(16), scale=FP32, zero=Zero.OFFSET, range=MinMax()
+    ),
     "int4-row": Format(grid=by_name("int4"), block=Channel(), scale=FP32),
     "nf4": Format(grid=by_name("nf4"), block=Group(64), scale=FP32),
     "e2m1": Format(grid=by_name("e2m1"), block=Group(32), scale=FP32),
@@ -136,7 +142,9 @@ def test_dynamic_groups_refit_on_the_weights_they_reach():
 def test_importance_weighted_range_lowers_the_output_error():
     w, h = layer(8)
     errors = [
-        output_error(w, ldlq(w, h, Format(grid=by_name("int3"), block=Group(32), scale=FP32, range=r), Ldlq()), h)
+        output_error(
+            w, ldlq(w, h, Format(grid=by_name("int3"), block=Group(32), scale=FP32, range=r), Ldlq()), h
+        )
         for r in (MinMax(), MSE())
     ]
     assert errors[1] < errors[0]
@@ -167,7 +175,7 @@ def test_singular_gram_raises_damping_and_says_so():
 
 def test_float32_gram_that_is_barely_definite_falls_back_to_float64_in_silence():
     """Rounding makes a float32 factorisation fail where the float64 one of the same matrix succeeds."""
-    w, h = layer(11)
+    _, h = layer(11)
     values, vectors = torch.linalg.eigh(h)
     values = torch.logspace(0, -7.5, len(values), dtype=torch.float64)
     h = (vectors * values) @ vectors.t()

@@ -13,9 +13,7 @@ E8M0 = Format(grid=by_name("e8m0"))
 # NVFP4's scales: E4M3 over one float32 scale for the tensor.
 E4M3_OVER_FP32 = Format(grid=by_name("ue4m3"), block=PerTensor(), scale=FP32)
 # QLoRA's double quantization: scales in 8 bits, blocks of 256, their centre kept as an offset.
-DOUBLE_QUANT = Format(
-    grid=by_name("dynamic8"), block=Flat(256), range=MinMax(), zero=Zero.OFFSET, scale=FP32
-)
+DOUBLE_QUANT = Format(grid=by_name("dynamic8"), block=Flat(256), range=MinMax(), zero=Zero.OFFSET, scale=FP32)
 SCALES = (FP32, FP16, BF16, E8M0, E4M3_OVER_FP32, DOUBLE_QUANT)
 
 __all__ = [

@@ -13,9 +13,9 @@ set. Fitting, encoding and decoding are then the same three lines for every gran
 | Block2d(r,c) | 2-D block (FP8 128 x 128) | [out / r, in / c]            |
 | Flat(n)      | n consecutive elements    | [ceil(out * in / n)]         |
 
-Road not taken: padding a side that a block does not divide. Libraries pad, skip or let groups straddle rows in
-silence; here a block that does not tile is refused. ``Flat`` alone has a short last block, because it ignores
-rows by definition (bitsandbytes' blocks, and the second level of double quantization).
+Road not taken: padding a side that a block does not divide. Libraries pad, skip or let groups straddle rows
+in silence; here a block that does not tile is refused. ``Flat`` alone has a short last block, because it
+ignores rows by definition (bitsandbytes' blocks, and the second level of double quantization).
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Block(ABC):
     """How a tensor is cut into sharing sets. Immutable and comparable by value."""
 
     def check(self, shape: torch.Size | tuple[int, ...], what: str = "tensor") -> None:
-        """Raise ``InputError`` when this block does not tile ``shape``; ``what`` names the tensor in the text."""
+        """Raise ``InputError`` when this block does not tile ``shape``; ``what`` names the tensor in the
+        text.
+        """
 
     @abstractmethod
     def scale_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
@@ -93,7 +95,9 @@ class Channel(Block):
 
 @dataclass(frozen=True)
 class Token(Channel):
-    """One set per row of an activation [..., tokens, in]: the same cut as ``Channel``, computed at run time."""
+    """One set per row of an activation [..., tokens, in]: the same cut as ``Channel``, computed at run
+    time.
+    """
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,9 @@ class Group(Block):
 
     def __post_init__(self):
         if self.size < 1:
-            raise InputError(f"group size {self.size} is not a positive number; use 16 to 256, or a channel block")
+            raise InputError(
+                f"group size {self.size} is not a positive number; use 16 to 256, or a channel block"
+            )
 
     def check(self, shape, what="tensor"):
         n = shape[-1]
@@ -112,7 +118,8 @@ class Group(Block):
             fits = [g for g in (256, 192, 128, 96, 64, 48, 32, 16, 8) if g < self.size and n % g == 0]
             hint = f"use --group-size {fits[0]}" if fits else "use -1 (one scale per row)"
             raise InputError(
-                f"group size {self.size} does not divide the {n} input columns of {what}; {hint} or exclude this "
+                f"group size {self.size} does not divide the {n} input columns of {what}; {hint} or exclude "
+                "this "
                 "layer with a rule"
             )
 
@@ -143,7 +150,8 @@ class Block2d(Block):
     def check(self, shape, what="tensor"):
         if len(shape) != 2 or shape[0] % self.rows or shape[1] % self.cols:
             raise InputError(
-                f"blocks of {self.rows} x {self.cols} do not tile {what} of shape {list(shape)}; choose sides that "
+                f"blocks of {self.rows} x {self.cols} do not tile {what} of shape {list(shape)}; choose "
+                "sides that "
                 f"divide it, such as {math.gcd(self.rows, shape[0])} x {math.gcd(self.cols, shape[-1])}"
             )
 
@@ -165,7 +173,8 @@ class Block2d(Block):
 class Flat(Block):
     """``size`` consecutive elements in memory order, rows ignored; the last block may be short.
 
-    ``split`` fills a short last block by repeating the last element, which leaves minima and maxima as they are.
+    ``split`` fills a short last block by repeating the last element, which leaves minima and maxima as they
+    are.
     """
 
     size: int

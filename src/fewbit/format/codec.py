@@ -1,8 +1,8 @@
 """Frozen dataclasses to plain data and back: how formats, solvers and recipes are written to YAML and JSON.
 
-An object becomes ``{"type": class name, field: value, ...}`` with only the fields that differ from their default;
-a named grid becomes its name; enums their value; tuples lists. Nothing is imported by name from the text: the
-classes that may appear are handed in, so a file cannot name anything else.
+An object becomes ``{"type": class name, field: value, ...}`` with only the fields that differ from their
+default; a named grid becomes its name; enums their value; tuples lists. Nothing is imported by name from the
+text: the classes that may appear are handed in, so a file cannot name anything else.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def to_plain(value: object) -> object:
 
 
 def from_plain(data: object, classes: Sequence[type] = FORMAT_CLASSES) -> object:
-    """Inverse of ``to_plain``. Raises ``InputError`` for an unknown class or field, naming the ones that exist."""
+    """Inverse of ``to_plain``. Raises ``InputError`` for an unknown class or field, naming the ones that
+    exist.
+    """
     if isinstance(data, list | tuple):
         return tuple(from_plain(v, classes) for v in data)
     if not isinstance(data, dict):
@@ -51,13 +53,16 @@ def from_plain(data: object, classes: Sequence[type] = FORMAT_CLASSES) -> object
     cls = by_type.get(data.get("type"))
     if cls is None:
         raise InputError(
-            f"unknown type {data.get('type')!r} in a saved recipe or format; known are {', '.join(sorted(by_type))}"
+            f"unknown type {data.get('type')!r} in a saved recipe or format; known are "
+            f"{', '.join(sorted(by_type))}"
         )
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(data) - known - {"type"})
     if unknown:
-        raise InputError(f"{cls.__name__} has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}")
+        raise InputError(
+            f"{cls.__name__} has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}"
+        )
     fields = {k: _coerce(v, hints[k], classes) for k, v in data.items() if k != "type"}
     try:
         return cls(**fields)

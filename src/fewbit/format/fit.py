@@ -1,8 +1,9 @@
 """Ways to choose a range: a pure function from the values of each block to the interval the grid must cover.
 
-A range rule returns ``(lo, hi)`` per block; ``Format`` turns the interval into scale and zero, rounds the scale to
-its own storage and only then computes the zero and the codes. So a rule knows nothing of bits, and each serves
-every grid. The one exception by nature is ``MSE``, which tries shrunken intervals on the real grid.
+A range rule returns ``(lo, hi)`` per block; ``Format`` turns the interval into scale and zero, rounds the
+scale to its own storage and only then computes the zero and the codes. So a rule knows nothing of bits, and
+each serves every grid. The one exception by nature is ``MSE``, which tries shrunken intervals on the real
+grid.
 
 Sources: min-max and p-norm grid: Frantar et al. 2022, https://arxiv.org/abs/2210.17323 (reference quantizer:
 100 steps, |error|^2.4); percentile: Wu et al. 2020, https://arxiv.org/abs/2004.09602.
@@ -36,8 +37,8 @@ class Range(ABC):
     def __call__(self, x: Tensor, round_trip: RoundTrip, importance: Tensor | None) -> tuple[Tensor, Tensor]:
         """Blocks ``x`` [..., n] float -> (lo [...], hi [...]).
 
-        ``round_trip`` maps blocks and an interval to their quantized values. ``importance`` broadcasts to ``x`` and
-        is the weight of each element's error, or None.
+        ``round_trip`` maps blocks and an interval to their quantized values. ``importance`` broadcasts to
+        ``x`` and is the weight of each element's error, or None.
         """
 
 
@@ -80,9 +81,9 @@ class Percentile(Range):
 class MSE(Range):
     """The shrunken min-max interval with the least sum of |Q(x) - x|^norm over the block.
 
-    ``steps`` intervals between 1 and ``shrink`` times the block's own are tried on the real grid with the scale as
-    it will be stored. With ``weighted``, each element's error counts with the mean squared input of its column,
-    diag(H): the error of the layer's output when inputs are uncorrelated.
+    ``steps`` intervals between 1 and ``shrink`` times the block's own are tried on the real grid with the
+    scale as it will be stored. With ``weighted``, each element's error counts with the mean squared input of
+    its column, diag(H): the error of the layer's output when inputs are uncorrelated.
     """
 
     norm: float = 2.0
@@ -93,7 +94,8 @@ class MSE(Range):
     def __post_init__(self):
         if not (self.norm > 0 and self.steps >= 1 and 0 < self.shrink <= 1):
             raise InputError(
-                f"MSE range search with norm {self.norm}, {self.steps} steps down to {self.shrink} is impossible; "
+                f"MSE range search with norm {self.norm}, {self.steps} steps down to {self.shrink} is "
+                "impossible; "
                 "norm must be positive, steps at least 1 and shrink in (0, 1]"
             )
 

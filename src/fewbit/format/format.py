@@ -1,14 +1,14 @@
 """Format: the type of a quantized tensor.
 
-    x ~ (value(q) - z) * s            z NONE (= 0), INTEGER (a code of the grid) or FLOAT (inside the rounding, HQQ)
-    x ~ value(q) * s + m              OFFSET, in value space (KIVI, quanto)
+    x ~ (value(q) - z) * s            z NONE (= 0), INTEGER (a code of the grid) or FLOAT (inside the
+    rounding, HQQ) x ~ value(q) * s + m              OFFSET, in value space (KIVI, quanto)
 
 with one step ``s`` and one ``z`` or ``m`` per block. A scale is a tensor, so it has a Format: float16, E8M0,
 E4M3 over a float32 tensor scale (NVFP4) and 8-bit double quantization (NF4) are one recursive field.
 
-Order of computation (each line uses the result of the one before): interval of the block -> raw step -> step as it
-is stored -> zero from the stored step -> codes from stored step and zero. Computing the zero or the codes from the
-unrounded step is the usual mistake; it costs up to half a step.
+Order of computation (each line uses the result of the one before): interval of the block -> raw step -> step
+as it is stored -> zero from the stored step -> codes from stored step and zero. Computing the zero or the
+codes from the unrounded step is the usual mistake; it costs up to half a step.
 
 Sources: affine mapping, Jacob et al. 2017, https://arxiv.org/abs/1712.05877; two symmetric divisors and their
 consequences are in docs/formats.md.
@@ -62,8 +62,8 @@ class Params:
 class Format:
     """A grid, the blocks that share a step, the rule for their range, the offset, and the steps' own Format.
 
-    ``scale=None`` is a plain number format without any scale (a cast). Raises ``InputError`` for a combination that
-    means nothing.
+    ``scale=None`` is a plain number format without any scale (a cast). Raises ``InputError`` for a
+    combination that means nothing.
     """
 
     grid: Grid
@@ -75,26 +75,32 @@ class Format:
 
     def __post_init__(self):
         if self.scale is None and self.zero is not Zero.NONE:
-            raise InputError(f"format {self.grid.name} has a zero point but no scale; give scale=FP16 or another")
+            raise InputError(
+                f"format {self.grid.name} has a zero point but no scale; give scale=FP16 or another"
+            )
         if self.zero is Zero.INTEGER and not isinstance(self.grid, Int):
             raise InputError(
-                f"an integer zero point needs an integer grid, got {self.grid.name}; use Zero.OFFSET or Zero.FLOAT"
+                f"an integer zero point needs an integer grid, got {self.grid.name}; use Zero.OFFSET or "
+                "Zero.FLOAT"
             )
 
-    # -- from values to parameters ------------------------------------------------------------------------------
+    # -- from values to parameters
+    # ------------------------------------------------------------------------------
 
     def fit(self, x: Tensor, importance: Tensor | None = None) -> Params:
         """Steps and zeros for ``x`` (float, any shape the block tiles).
 
-        importance: [in], the weight of an error in each column (diag of the Gram matrix), used by range rules that
-        want it. Raises ``InputError`` for NaN or Inf, and where the block does not tile ``x``.
+        importance: [in], the weight of an error in each column (diag of the Gram matrix), used by range rules
+        that want it. Raises ``InputError`` for NaN or Inf, and where the block does not tile ``x``.
         """
         if self.scale is None:
             return Params(scale=None, zero=None)
         self.block.check(x.shape)
         if not torch.isfinite(x).all():
             bad = int((~torch.isfinite(x)).sum())
-            raise InputError(f"tensor of shape {list(x.shape)} holds {bad} NaN or Inf values; nothing can be fitted")
+            raise InputError(
+                f"tensor of shape {list(x.shape)} holds {bad} NaN or Inf values; nothing can be fitted"
+            )
         blocks = self.block.split(x)
         if importance is not None:
             importance = self.block.split(importance.to(x.dtype).expand_as(x))
@@ -104,7 +110,9 @@ class Format:
         return Params(scale=scale, zero=self._offset(lo, self._nonzero(value_of(scale))))
 
     def _step(self, lo: Tensor, hi: Tensor) -> Tensor:
-        """Unrounded step for the interval [lo, hi]; 1 for a block that is all zero (or constant, with an offset)."""
+        """Unrounded step for the interval [lo, hi]; 1 for a block that is all zero (or constant, with an
+        offset).
+        """
         if self.zero is Zero.NONE:
             a = torch.maximum(-lo, hi)
             reach = self.grid.max if self.divisor is Divisor.EDGE else (self.grid.max - self.grid.min) / 2
@@ -116,7 +124,9 @@ class Format:
         return torch.where(step > 0, step, torch.ones_like(step))
 
     def _store(self, raw: Tensor) -> Tensor | QTensor:
-        """The step as its own Format stores it; a step that would vanish becomes the smallest positive one."""
+        """The step as its own Format stores it; a step that would vanish becomes the smallest positive
+        one.
+        """
         own = self.scale
         if own.scale is not None:
             return own.quantize(raw)
@@ -128,7 +138,9 @@ class Format:
 
     @staticmethod
     def _nonzero(scale: Tensor) -> Tensor:
-        """Steps safe to divide by: a stored step of exactly 0 (a tiny block under a nested scale) acts as 1."""
+        """Steps safe to divide by: a stored step of exactly 0 (a tiny block under a nested scale) acts as
+        1.
+        """
         scale = scale.float() if scale.dtype != torch.float64 else scale
         return torch.where(scale == 0, torch.ones_like(scale), scale)
 
@@ -145,8 +157,14 @@ class Format:
 
     @property
     def zero_dtype(self) -> torch.dtype:
-        """Storage of a float zero or offset: the dtype of the scales, float32 where those are nested or coded."""
-        return torch.float32 if self.scale.scale is not None else _NATIVE.get(self.scale.grid.name, torch.float32)
+        """Storage of a float zero or offset: the dtype of the scales, float32 where those are nested or
+        coded.
+        """
+        return (
+            torch.float32
+            if self.scale.scale is not None
+            else _NATIVE.get(self.scale.grid.name, torch.float32)
+        )
 
     @property
     def zero_bits(self) -> int:
@@ -163,9 +181,12 @@ class Format:
         zero = None if zero is None else zero.to(scale.dtype).unsqueeze(-1)
         return self.snap(x, scale.unsqueeze(-1), zero)
 
-    # -- from values to codes and back: the only place where the arithmetic stands -------------------------------
+    # -- from values to codes and back: the only place where the arithmetic stands
+    # -------------------------------
 
-    def code(self, x: Tensor, scale: Tensor, zero: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
+    def code(
+        self, x: Tensor, scale: Tensor, zero: Tensor | None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Codes of ``x`` for steps and zeros that broadcast to it. With a generator: stochastic rounding."""
         return self.grid.round(self._to_unit(x, scale, zero), generator)
 
@@ -205,7 +226,11 @@ class Format:
         codes = self.code(self.block.split(x), scale, zero, generator)
         shape = x.shape if self.grid.width == 1 else (*x.shape[:-1], x.shape[-1] // self.grid.width)
         return QTensor(
-            codes=self.block.join(codes, shape), scale=params.scale, zero=params.zero, format=self, shape=x.shape
+            codes=self.block.join(codes, shape),
+            scale=params.scale,
+            zero=params.zero,
+            format=self,
+            shape=x.shape,
         )
 
     def quantize(self, x: Tensor, importance: Tensor | None = None) -> QTensor:
@@ -220,13 +245,18 @@ class Format:
 
     @property
     def rows_independent(self) -> bool:
-        """True when rows of a matrix can be quantized apart with the same result: no block or scale spans rows."""
+        """True when rows of a matrix can be quantized apart with the same result: no block or scale spans
+        rows.
+        """
         return isinstance(self.block, Channel | Group) and self.scale is not None and self.scale.scale is None
 
-    # -- size ---------------------------------------------------------------------------------------------------
+    # -- size
+    # ---------------------------------------------------------------------------------------------------
 
     def bits_per_weight(self, shape: torch.Size | tuple[int, ...]) -> float:
-        """Stored bits per element of a tensor of ``shape``: codes, scales, zeros, to any depth; no data needed."""
+        """Stored bits per element of a tensor of ``shape``: codes, scales, zeros, to any depth; no data
+        needed.
+        """
         n = math.prod(shape)
         bits = n // self.grid.width * self.grid.bits
         if self.scale is not None:

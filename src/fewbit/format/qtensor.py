@@ -1,11 +1,11 @@
 """QTensor: a quantized tensor as plain data, canonical and unpacked.
 
 ``codes`` holds what the grid calls codes (an integer grid's integers, a float grid's bit patterns, a table's
-indices) in the shape of the tensor; ``scale`` is a tensor or again a QTensor; ``zero`` is present when the format
-has one. No kernel's or file's packing is known here: codecs in ``fewbit.io`` pack, kernels repack.
+indices) in the shape of the tensor; ``scale`` is a tensor or again a QTensor; ``zero`` is present when the
+format has one. No kernel's or file's packing is known here: codecs in ``fewbit.io`` pack, kernels repack.
 
-Road not taken: a torch.Tensor subclass (torchao). It composes with PyTorch for free and costs hundreds of lines
-per format; nothing here needs it.
+Road not taken: a torch.Tensor subclass (torchao). It composes with PyTorch for free and costs hundreds of
+lines per format; nothing here needs it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class QTensor:
     """Codes, scale and zero of one tensor, with the Format that gives them meaning.
 
-    codes: ``format.grid.code_dtype`` [*shape[:-1], shape[-1] / grid.width]; scale: float tensor or QTensor of shape
-    ``format.block.scale_shape(shape)``, None for a plain number format; zero: the same shape, or None.
+    codes: ``format.grid.code_dtype`` [*shape[:-1], shape[-1] / grid.width]; scale: float tensor or QTensor of
+    shape ``format.block.scale_shape(shape)``, None for a plain number format; zero: the same shape, or None.
     """
 
     codes: Tensor

@@ -1,9 +1,9 @@
 """Gram matrix of a layer's inputs, accumulated batch by batch: G += X^T X.
 
-X^T X is symmetric, so half of a general product is wasted. On a CPU the BLAS routine ``ssyrk`` (through SciPy)
-computes one triangle only: 1.6 times the speed of ``x.T @ x`` per CPU second on the machine in
-benchmarks/results/gram.md. torch offers no such routine. On CUDA a plain float32 product is used, with TF32 off:
-ten bits of mantissa in H are not positive definite enough for Cholesky.
+X^T X is symmetric, so half of a general product is wasted. On a CPU the BLAS routine ``ssyrk`` (through
+SciPy) computes one triangle only: 1.6 times the speed of ``x.T @ x`` per CPU second on the machine in
+benchmarks/results/gram.md. torch offers no such routine. On CUDA a plain float32 product is used, with TF32
+off: ten bits of mantissa in H are not positive definite enough for Cholesky.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def add_gram(gram: Tensor, x: Tensor) -> Tensor:
         return add_gram_eager(gram, x)
     from scipy.linalg.blas import ssyrk
 
-    # Row-major x [tokens, n] is column-major x^T [n, tokens]: BLAS reads it without a copy, and its lower triangle
-    # in column-major order is our upper one.
+    # Row-major x [tokens, n] is column-major x^T [n, tokens]: BLAS reads it without a copy, and its lower
+    # triangle in column-major order is our upper one.
     a = x.float().contiguous().numpy().T
     c = gram.numpy().T
     out = ssyrk(1.0, a, beta=1.0, c=c, trans=0, lower=1, overwrite_c=1)

@@ -33,7 +33,9 @@ def named(name: str, settings: dict[str, str] | None = None) -> Recipe:
     for key, text in (settings or {}).items():
         key = key.replace("-", "_")
         if key not in parameters:
-            raise InputError(f"recipe {name!r} has no setting {key!r}; its settings are {', '.join(parameters)}")
+            raise InputError(
+                f"recipe {name!r} has no setting {key!r}; its settings are {', '.join(parameters)}"
+            )
         chosen[key] = _parse(name, key, text, hints[key])
     return function(**chosen)
 
@@ -46,7 +48,9 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
     kind = next(o for o in options if o is not type(None))
     try:
         if kind is bool:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(text).lower()]
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                str(text).lower()
+            ]
         return kind(text)
     except (KeyError, ValueError):
         raise InputError(f"setting {key}={text!r} of recipe {recipe!r} is not {kind.__name__}") from None

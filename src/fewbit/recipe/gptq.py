@@ -1,8 +1,8 @@
 """GPTQ: Frantar, Ashkboos, Hoefler, Alistarh 2022, https://arxiv.org/abs/2210.17323.
 
-LDLQ at width 1 on an integer grid. Beyond the paper: the range of each group minimises the squared error weighted
-by diag(H), columns go by falling diag(H) with group scales fitted on the original weights, so that the checkpoint
-needs no gather index. What each of the three brings is in docs/results.md.
+LDLQ at width 1 on an integer grid. Beyond the paper: the range of each group minimises the squared error
+weighted by diag(H), columns go by falling diag(H) with group scales fitted on the original weights, so that
+the checkpoint needs no gather index. What each of the three brings is in docs/results.md.
 """
 
 from __future__ import annotations
@@ -13,10 +13,20 @@ from fewbit.solve import Ldlq
 
 
 def gptq(
-    *, bits: int = 4, group_size: int = 128, symmetric: bool = True, grid: str | None = None, zero: str = "integer",
-    range: str = "mse", scale: str = "bf16", divisor: str = "full", damp: float = 0.01, act_order: bool = True,
-    static_groups: bool = True, lazy: int = 128,
-) -> Recipe:  # fmt: skip
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = True,
+    grid: str | None = None,
+    zero: str = "integer",
+    range: str = "mse",
+    scale: str = "bf16",
+    divisor: str = "full",
+    damp: float = 0.01,
+    act_order: bool = True,
+    static_groups: bool = True,
+    lazy: int = 128,
+) -> Recipe:
     """Every linear layer of the blocks by GPTQ, weights only (W4A16 by default)."""
     fmt = weight_format(bits, grid, group_size, symmetric, zero, range, scale, divisor)
     solver = Ldlq(damp=damp, act_order=act_order, static_groups=static_groups, lazy=lazy)

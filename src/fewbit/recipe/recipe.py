@@ -1,9 +1,9 @@
 """Recipe: which tensor gets which Format by which solver, as frozen data.
 
-A recipe is an ordered tuple of rules; the first rule whose pattern matches a layer's name decides. Named methods are
-functions that return one (``fewbit.recipe.RECIPES``); a variant calls the function with other settings, or replaces
-a field. The data round-trips to YAML and is saved beside every checkpoint, so that one run's recipe is another
-run's input.
+A recipe is an ordered tuple of rules; the first rule whose pattern matches a layer's name decides. Named
+methods are functions that return one (``fewbit.recipe.RECIPES``); a variant calls the function with other
+settings, or replaces a field. The data round-trips to YAML and is saved beside every checkpoint, so that one
+run's recipe is another run's input.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from fewbit.solve import SOLVERS, Need, Rtn, Solver
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Layers whose full name matches ``match`` (shell pattern: *, ?, [..]) get ``weight``, solved by ``solver``.
+    """Layers whose full name matches ``match`` (shell pattern: *, ?, [..]) get ``weight``, solved by
+    ``solver``.
 
     ``weight=None`` leaves them as they are.
     """
@@ -52,7 +53,9 @@ class Recipe:
 
     def __post_init__(self):
         if not self.rules:
-            raise InputError(f"recipe {self.name!r} has no rules; give at least one, such as Rule(match='*', weight=...)")
+            raise InputError(
+                f"recipe {self.name!r} has no rules; give at least one, such as Rule(match='*', weight=...)"
+            )
 
     def rule_for(self, layer: str) -> Rule | None:
         """The first rule that matches the layer's full name, or None."""

@@ -8,9 +8,16 @@ from fewbit.solve import Rtn
 
 
 def rtn(
-    *, bits: int = 4, group_size: int = 128, symmetric: bool = True, grid: str | None = None, zero: str = "integer",
-    range: str = "minmax", scale: str = "bf16", divisor: str = "edge",
-) -> Recipe:  # fmt: skip
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = True,
+    grid: str | None = None,
+    zero: str = "integer",
+    range: str = "minmax",
+    scale: str = "bf16",
+    divisor: str = "edge",
+) -> Recipe:
     """Every linear layer of the blocks rounded to nearest, weights only."""
     fmt = weight_format(bits, grid, group_size, symmetric, zero, range, scale, divisor)
     return Recipe(name="rtn", rules=(Rule(match="*", weight=fmt, solver=Rtn()),))

@@ -33,7 +33,14 @@ RANGE_NAMES = {
 
 
 def weight_format(
-    bits: int, grid: str | None, group_size: int, symmetric: bool, zero: str, range: str, scale: str, divisor: str
+    bits: int,
+    grid: str | None,
+    group_size: int,
+    symmetric: bool,
+    zero: str,
+    range: str,
+    scale: str,
+    divisor: str,
 ) -> Format:
     """The Format these settings name. ``group_size`` -1 is one scale per row, 0 one for the tensor.
 

@@ -12,15 +12,16 @@ so going from the first column to the last, each term is made least by rounding 
 
 GPTQ: Frantar, Ashkboos, Hoefler, Alistarh 2022, https://arxiv.org/abs/2210.17323. Its update
 W[:, j>i] -= e_i U[i, j] / U[i, i] with H^-1 = U^T U is the same rule, since M = U^-1 diag(U): Chee, Cai,
-Kuleshov, De Sa 2023 (QuIP), https://arxiv.org/abs/2307.13304, Theorem 6. Two things follow that the GPTQ codes do
-not have: H is factored once and never inverted (a third of the arithmetic), and the error is taken against the
-original weights, so blocks of ``lazy`` columns need one product with the past errors and no second copy of W.
+Kuleshov, De Sa 2023 (QuIP), https://arxiv.org/abs/2307.13304, Theorem 6. Two things follow that the GPTQ
+codes do not have: H is factored once and never inverted (a third of the arithmetic), and the error is taken
+against the original weights, so blocks of ``lazy`` columns need one product with the past errors and no
+second copy of W.
 
 Shapes (rows are the outputs; work is transposed so that a column is contiguous):
     w_t [in, out]   weights in processing order      e_t [in, out]   w - q      m [in, in]   M
 
-Road not taken: zeroing the weights of input channels that calibration never excited (GPTQ's reference does). They
-are rounded to nearest instead: the channel may wake up on other text.
+Road not taken: zeroing the weights of input channels that calibration never excited (GPTQ's reference does).
+They are rounded to nearest instead: the channel may wake up on other text.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Ldlq(Solver):
 
     damp: share of mean(diag H) added to the diagonal; act_order: columns with the largest diag(H) first;
     static_groups: steps are fitted once on the original weights (needed with act_order), else each group is
-    refitted when its first column is reached, on weights that carry the errors made so far; lazy: columns between
-    two products with all past errors (speed only).
+    refitted when its first column is reached, on weights that carry the errors made so far; lazy: columns
+    between two products with all past errors (speed only).
     """
 
     damp: float = 0.01
@@ -59,7 +60,8 @@ class Ldlq(Solver):
             raise InputError(f"lazy block of {self.lazy} columns is impossible; 128 is usual")
         if self.act_order and not self.static_groups:
             raise InputError(
-                "act_order with static_groups=false would need a gather index (g_idx) that no engine reads any more; "
+                "act_order with static_groups=false would need a gather index (g_idx) that no engine reads "
+                "any more; "
                 "set static_groups=true or act_order=false"
             )
 
@@ -68,7 +70,9 @@ class Ldlq(Solver):
         return frozenset({Need.GRAM})
 
     def check(self, fmt):
-        if not self.static_groups and (not isinstance(fmt.block, Group | Channel) or fmt.scale.scale is not None):
+        if not self.static_groups and (
+            not isinstance(fmt.block, Group | Channel) or fmt.scale.scale is not None
+        ):
             raise InputError(
                 f"static_groups=false refits scales column group by column group and cannot serve {fmt}; "
                 "set static_groups=true"
@@ -122,15 +126,18 @@ def ldlq(w: Tensor, h: Tensor, fmt: Format, how: Ldlq) -> QTensor:
         params = Params(scale=torch.cat([_tensor(s) for s in scales], -1), zero=zero)
     back = torch.empty_like(codes)
     back[order[::width] // width] = codes
-    return QTensor(codes=back.t().contiguous(), scale=params.scale, zero=params.zero, format=fmt, shape=w.shape)
+    return QTensor(
+        codes=back.t().contiguous(), scale=params.scale, zero=params.zero, format=fmt, shape=w.shape
+    )
 
 
 def unit_factor(h: Tensor, damp: float, width: int = 1) -> Tensor:
-    """M of H + damp mean(diag H) I = M D M^T: unit upper triangular, block-unit for ``width`` columns. [n, n].
+    """M of H + damp mean(diag H) I = M D M^T: unit upper triangular, block-unit for ``width`` columns. [n,
+    n].
 
     One Cholesky of the reversed matrix gives H = R R^T with R upper; M = R D^-1/2. A channel that was never
-    excited (zero diagonal) gets a 1, so it neither gives nor takes feedback. When the factorisation fails it is
-    tried in float64, then with ten times the damping until it succeeds, each raise reported.
+    excited (zero diagonal) gets a 1, so it neither gives nor takes feedback. When the factorisation fails it
+    is tried in float64, then with ten times the damping until it succeeds, each raise reported.
     """
     n = len(h)
     if not torch.isfinite(h).all():
@@ -156,10 +163,13 @@ def unit_factor(h: Tensor, damp: float, width: int = 1) -> Tensor:
             continue
         used = max(10 * used, 1e-4)
         if used > 1e3:
-            raise InputError("the Gram matrix of a layer is not positive definite at any damping; check the weights")
+            raise InputError(
+                "the Gram matrix of a layer is not positive definite at any damping; check the weights"
+            )
     if used > damp:
         warnings.warn(
-            SolverWarning(f"Cholesky failed at damping {damp:g}; raised to {used:g} of the mean diagonal"), stacklevel=2
+            SolverWarning(f"Cholesky failed at damping {damp:g}; raised to {used:g} of the mean diagonal"),
+            stacklevel=2,
         )
     r = lower.flip(0, 1)
     if width == 1:
@@ -189,5 +199,7 @@ def _round(fmt: Format, rows: Tensor, s: Tensor, z: Tensor | None) -> tuple[Tens
 def _tensor(scale: Tensor | QTensor) -> Tensor:
     """Refitted scales are joined along the groups; only plain tensors can be."""
     if isinstance(scale, QTensor):
-        raise InputError(f"static_groups=false cannot join scales stored as {scale.format}; set static_groups=true")
+        raise InputError(
+            f"static_groups=false cannot join scales stored as {scale.format}; set static_groups=true"
+        )
     return scale

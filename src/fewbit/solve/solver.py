@@ -3,8 +3,8 @@
     solver(w [out, in], stats, format) -> QTensor
 
 A solver states what it needs of the calibration (``needs``); the loop gathers that and nothing else. It sees
-tensors only: no module, no logger. What a user must hear of (raised damping, say) is a ``SolverWarning``, which the
-loop catches, prints and writes into the manifest.
+tensors only: no module, no logger. What a user must hear of (raised damping, say) is a ``SolverWarning``,
+which the loop catches, prints and writes into the manifest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Need(StrEnum):
 class Stats:
     """Calibration statistics of one layer's inputs x [tokens, in].
 
-    gram: H = X^T X / tokens [in, in] float32, or None when nothing asked for it; tokens: how many rows it sums.
+    gram: H = X^T X / tokens [in, in] float32, or None when nothing asked for it; tokens: how many rows it
+    sums.
     """
 
     gram: Tensor | None = None

@@ -1,8 +1,9 @@
 """What the loop must know of a model's structure, found rather than tabled.
 
-Blocks are the elements of the outermost ``ModuleList`` that holds most of the linear weights. Groups are the linears
-of a block that receive the same tensor (q, k, v; o; gate, up; down): found by calling the block once on a few tokens
-and watching which input object each linear gets, in the order of the calls. So a new architecture needs no table.
+Blocks are the elements of the outermost ``ModuleList`` that holds most of the linear weights. Groups are the
+linears of a block that receive the same tensor (q, k, v; o; gate, up; down): found by calling the block once
+on a few tokens and watching which input object each linear gets, in the order of the calls. So a new
+architecture needs no table.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Blocks:
 
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """The transformer blocks of ``model``. Raises ``InputError`` when there is no list of blocks with linears."""
+    """The transformer blocks of ``model``. Raises ``InputError`` when there is no list of blocks with
+    linears.
+    """
     best, best_size = None, 0
     inside: list[str] = []
     for name, module in model.named_modules():
@@ -62,7 +65,8 @@ def find_blocks(model: nn.Module) -> Blocks:
             best, best_size = (name, module), size
     if best is None:
         raise InputError(
-            f"{type(model).__name__} has no repeated blocks with linear layers, so there is nothing to quantize; "
+            f"{type(model).__name__} has no repeated blocks with linear layers, so there is nothing to "
+            "quantize; "
             "give a transformer language model"
         )
     name, module = best
@@ -70,7 +74,8 @@ def find_blocks(model: nn.Module) -> Blocks:
 
 
 def watch(block: nn.Module, call: Callable[[], object]) -> list[list[str]]:
-    """Groups of linears of ``block`` that get the same input tensor, in call order; names relative to the block.
+    """Groups of linears of ``block`` that get the same input tensor, in call order; names relative to the
+    block.
 
     ``call`` runs the block once. Linears that the call never reaches are not in any group.
     """

@@ -4,9 +4,9 @@
     OUT.partial/block-00007.safetensors   one finished block, rows of the report in its metadata
     OUT.partial/ready/                the checkpoint being put together; renamed to OUT as the last act
 
-Each file is written under a temporary name, synced and renamed, so a kill at any moment leaves whole files only,
-and the same command goes on from the last one. Nothing in these files depends on the clock or on where the run was
-interrupted: a resumed result is bit for bit that of an uninterrupted one.
+Each file is written under a temporary name, synced and renamed, so a kill at any moment leaves whole files
+only, and the same command goes on from the last one. Nothing in these files depends on the clock or on where
+the run was interrupted: a resumed result is bit for bit that of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ SHARD_BYTES = 1 << 30  # a shard is put together in memory: this bounds it
 
 
 class Job:
-    """One output folder and its work folder. ``key`` identifies the run: plain data, equal for equal results."""
+    """One output folder and its work folder. ``key`` identifies the run: plain data, equal for equal
+    results.
+    """
 
     def __init__(self, output: Path, key: dict):
         self.output = output
@@ -40,7 +42,8 @@ class Job:
     def open(self) -> bool:
         """Make or re-enter the work folder. True when the output is there already, finished by an equal run.
 
-        Raises ``InputError`` when the output folder holds something else, or the work folder is another run's.
+        Raises ``InputError`` when the output folder holds something else, or the work folder is another
+        run's.
         """
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             manifest = self.output / MANIFEST
@@ -48,7 +51,8 @@ class Job:
                 shutil.rmtree(self.part, ignore_errors=True)
                 return True
             raise InputError(
-                f"output {self.output} holds something else already; choose another folder with -o or remove it first"
+                f"output {self.output} holds something else already; choose another folder with -o or "
+                "remove it first"
             )
         note = self.part / "job.json"
         if note.exists():
@@ -56,11 +60,14 @@ class Job:
             changed = sorted(k for k in self.key.keys() | before.keys() if self.key.get(k) != before.get(k))
             if changed:
                 raise InputError(
-                    f"{self.part} holds the finished blocks of another run (different {', '.join(changed)}); run that "
+                    f"{self.part} holds the finished blocks of another run (different "
+                    f"{', '.join(changed)}); run that "
                     "command again, or remove the folder to start anew"
                 )
         elif self.part.exists() and any(self.part.iterdir()):
-            raise InputError(f"{self.part} holds something that is no interrupted run; remove it or choose another -o")
+            raise InputError(
+                f"{self.part} holds something that is no interrupted run; remove it or choose another -o"
+            )
         else:
             self.part.mkdir(parents=True, exist_ok=True)
             write_text(note, json.dumps(self.key, indent=1, sort_keys=True))
@@ -87,7 +94,9 @@ class Job:
         return tensors, [LayerRow(**{**r, "notes": tuple(r["notes"])}) for r in rows]
 
     def assemble(self, blocks: int, outer: dict[str, Tensor]) -> None:
-        """Put the blocks' tensors and ``outer`` into shards under ``ready``, with an index where there are several."""
+        """Put the blocks' tensors and ``outer`` into shards under ``ready``, with an index where there are
+        several.
+        """
         shutil.rmtree(self.ready, ignore_errors=True)
         self.ready.mkdir()
         shards: list[list[int]] = [[]]
@@ -105,12 +114,18 @@ class Job:
             tensors = dict(outer) if s == 0 else {}
             for i in members:
                 tensors.update(self.load(i)[0])
-            name = "model.safetensors" if len(shards) == 1 else f"model-{s + 1:05d}-of-{len(shards):05d}.safetensors"
+            name = (
+                "model.safetensors"
+                if len(shards) == 1
+                else f"model-{s + 1:05d}-of-{len(shards):05d}.safetensors"
+            )
             save_tensors(self.ready / name, tensors)
             index.update(dict.fromkeys(tensors, name))
             total += sum(t.nbytes for t in tensors.values())
         if len(shards) > 1:
-            text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True)
+            text = json.dumps(
+                {"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True
+            )
             write_text(self.ready / "model.safetensors.index.json", text)
 
     def commit(self) -> None:
@@ -131,7 +146,9 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another -o") from None
+        raise InputError(
+            f"cannot write {path}: {error.strerror}; free some space or choose another -o"
+        ) from None
 
 
 def _read_json(path: Path) -> dict:

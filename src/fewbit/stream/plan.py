@@ -1,8 +1,9 @@
 """Preflight: everything that can be known, and refused, before any work is done.
 
-Which tensor gets which Format by which solver; bits per weight with scales and zeros; size of the output; predicted
-peak memory and time; and which checkpoint format can hold the result. A rule that matches nothing, a block that
-does not tile a layer, a format that a solver cannot serve and a disk that is too small raise here.
+Which tensor gets which Format by which solver; bits per weight with scales and zeros; size of the output;
+predicted peak memory and time; and which checkpoint format can hold the result. A rule that matches nothing,
+a block that does not tile a layer, a format that a solver cannot serve and a disk that is too small raise
+here.
 """
 
 from __future__ import annotations
@@ -33,15 +34,21 @@ from fewbit.stream.data import Calibration
 class PlannedLayer:
     """One linear layer and what the recipe does with it.
 
-    module: name in the model; name: name in the checkpoint; block: index of its block; shape: (out, in).
+    module: name in the model; name: name in the checkpoint; block: index of its block; shape: (out, in); kind:
+    class of the module, "Linear" or "Conv1D".
     """
 
     module: str
     name: str
     block: int
     shape: tuple[int, int]
-    transposed: bool
+    kind: str
     rule: Rule
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the module stores its weight as [in, out]."""
+        return self.kind == "Conv1D"
 
     @property
     def format(self) -> Format:
@@ -107,7 +114,9 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "size_bytes": self.size_bytes,
             "source_bytes": self.source_bytes,
-            "calibration_tokens": self.calibration.samples * self.calibration.seqlen if self.calibration else 0,
+            "calibration_tokens": self.calibration.samples * self.calibration.seqlen
+            if self.calibration
+            else 0,
             "depth": self.depth,
             "peak_bytes": self.peak_bytes,
             "seconds": self.seconds,
@@ -132,7 +141,7 @@ def make_plan(
     mapping, unused = parameter_map(source, model)
     blocks = find_blocks(model)
     layers, left = assign(model, blocks, recipe, mapping)
-    refusals = (compressed_tensors.refusal(layer.format, layer.transposed) for layer in layers)
+    refusals = (compressed_tensors.refusal(layer.format, layer.kind) for layer in layers)
     reason = next((r for r in refusals if r), "")
     needs = frozenset().union(*(layer.rule.needs for layer in layers))
     used = calibration if needs else None
@@ -176,11 +185,13 @@ def assign(
 ) -> tuple[list[PlannedLayer], list[str]]:
     """The layers a recipe quantizes, and the names of the linear layers it leaves.
 
-    Rules see a layer's name in the model. Raises ``InputError`` for a rule that matches nothing and for a block
-    that does not tile.
+    Rules see a layer's name in the model. Raises ``InputError`` for a rule that matches nothing and for a
+    block that does not tile.
     """
     layers, left, used = [], [], set()
-    inside = {f"{b}.{n}": (i, m) for i, b in enumerate(blocks.names) for n, m in linears(blocks.modules[i]).items()}
+    inside = {
+        f"{b}.{n}": (i, m) for i, b in enumerate(blocks.names) for n, m in linears(blocks.modules[i]).items()
+    }
     for name, module in linears(model).items():
         stored = mapping.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
         rule = recipe.rule_for(name) if name in inside else None
@@ -193,18 +204,27 @@ def assign(
         rule.weight.block.check(shape, f"layer {name}")
         layers.append(
             PlannedLayer(
-                module=name, name=stored, block=inside[name][0], shape=shape, transposed=is_transposed(module), rule=rule
+                module=name,
+                name=stored,
+                block=inside[name][0],
+                shape=shape,
+                kind="Conv1D" if is_transposed(module) else "Linear",
+                rule=rule,
             )
         )
     for i, rule in enumerate(recipe.rules, 1):
         if rule not in used:
             some = ", ".join(list(inside)[:3])
             raise InputError(
-                f"rule {i} of recipe {recipe.name!r} (match={rule.match!r}) applies to none of the {len(inside)} linear "
-                f"layers in the blocks; a pattern must match full names such as {some}, and no earlier rule may take them"
+                f"rule {i} of recipe {recipe.name!r} (match={rule.match!r}) applies to none of the "
+                f"{len(inside)} linear "
+                f"layers in the blocks; a pattern must match full names such as {some}, and no earlier rule "
+                "may take them"
             )
     if not layers:
-        raise InputError(f"recipe {recipe.name!r} leaves every layer as it is; give a rule with a weight format")
+        raise InputError(
+            f"recipe {recipe.name!r} leaves every layer as it is; give a rule with a weight format"
+        )
     return layers, left
 
 
@@ -216,13 +236,16 @@ def _check_disk(output: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 2 * size + (1 << 20):
         raise InputError(
-            f"{folder} has {free / 1e6:,.0f} MB free and this run needs {2 * size / 1e6:,.0f} MB; free some space or "
+            f"{folder} has {free / 1e6:,.0f} MB free and this run needs {2 * size / 1e6:,.0f} MB; free some "
+            "space or "
             "choose another output folder with -o"
         )
 
 
 def _memory(model, blocks, layers, info, mapping, calibration, device, depth) -> tuple[str, int]:
-    """(depth, predicted peak bytes on the device that computes): weights of one block, activations, Gram matrices."""
+    """(depth, predicted peak bytes on the device that computes): weights of one block, activations, Gram
+    matrices.
+    """
     per_block = [sum(p.numel() for p in b.parameters()) * 4 for b in blocks.modules]
     largest = max(math.prod(layer.shape) for layer in layers) * 4
     outer = sum(p.numel() for p in model.parameters()) * 4 - sum(per_block)
@@ -235,9 +258,13 @@ def _memory(model, blocks, layers, info, mapping, calibration, device, depth) ->
         "linear": tokens * 4 * (3 * hidden + 2 * widths[-1]),
         "block": tokens * 4 * 2 * hidden + sum(w * w * 4 for w in widths) * 2,
     }
+
     # Embeddings and head are resident only while no activations are: at the very start and the very end.
     def peak(d: str) -> int:
-        return int(base + max(outer * 1.3, max(per_block) * 1.2 + alive[d] + (grams if calibration else 0) + 4 * largest))
+        return int(
+            base
+            + max(outer * 1.3, max(per_block) * 1.2 + alive[d] + (grams if calibration else 0) + 4 * largest)
+        )
 
     if depth == "auto":
         depth = "linear" if peak("linear") < 0.8 * _available(device) else "block"
@@ -245,7 +272,8 @@ def _memory(model, blocks, layers, info, mapping, calibration, device, depth) ->
         raise InputError(f"depth {depth!r} is unknown; choose auto, linear or block")
     if peak(depth) > _available(device):
         raise InputError(
-            f"this run needs about {peak(depth) / 1e9:.1f} GB and {device} has {_available(device) / 1e9:.1f} GB; use "
+            f"this run needs about {peak(depth) / 1e9:.1f} GB and {device} has "
+            f"{_available(device) / 1e9:.1f} GB; use "
             "fewer --samples or a shorter --seqlen"
         )
     return depth, peak(depth)
@@ -279,7 +307,9 @@ def _seconds(blocks, layers, calibration, device) -> float:
     if calibration:
         tokens = calibration.samples * calibration.seqlen
         flops += 2 * tokens * weights
-        flops += sum(tokens * w * w for b in range(len(blocks)) for w in {x.shape[1] for x in layers if x.block == b})
+        flops += sum(
+            tokens * w * w for b in range(len(blocks)) for w in {x.shape[1] for x in layers if x.block == b}
+        )
     a = torch.randn(512, 512, device=device)
     start, runs = time.perf_counter(), 0
     while time.perf_counter() - start < 0.03:

@@ -1,13 +1,14 @@
 """Suspended forwards: the model's own ``forward`` as a coroutine.
 
-Each calibration batch runs ``model(input_ids)`` once, in a greenlet. A forward pre-hook on a module calls ``wait``,
-which switches back to the loop and leaves the whole Python stack of the forward standing where it is: masks, rotary
-tables, residuals and all. When every batch waits at the same place, the loop does its work there (gather, solve,
-swap weights) and resumes them. No input catcher, no tracing, no per-architecture code; outputs are bit-identical to
-plain forwards.
+Each calibration batch runs ``model(input_ids)`` once, in a greenlet. A forward pre-hook on a module calls
+``wait``, which switches back to the loop and leaves the whole Python stack of the forward standing where it
+is: masks, rotary tables, residuals and all. When every batch waits at the same place, the loop does its work
+there (gather, solve, swap weights) and resumes them. No input catcher, no tracing, no per-architecture code;
+outputs are bit-identical to plain forwards.
 
-Road not taken: capturing the first block's inputs by an exception and calling blocks in our own loop, as every
-existing tool does. It must know what each architecture passes to its blocks, and it computes each block twice.
+Road not taken: capturing the first block's inputs by an exception and calling blocks in our own loop, as
+every existing tool does. It must know what each architecture passes to its blocks, and it computes each block
+twice.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 import greenlet
 import torch
 from torch import nn
+
+from fewbit.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,25 @@ class Flow(greenlet.greenlet):
 
 
 def wait(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook (``with_kwargs=True``): suspend when called inside a ``Flow``, do nothing elsewhere."""
+    """Forward pre-hook (``with_kwargs=True``): suspend when called inside a ``Flow``, do nothing
+    elsewhere.
+    """
     here = greenlet.getcurrent()
     if isinstance(here, Flow):
         here.parent.switch(Stop(module, args, kwargs))
+
+
+def advance(flows: list[Flow], module: nn.Module) -> list[Stop]:
+    """Resume flows to ``module``, where they must stop; a flow that waits there already stays."""
+    stops = []
+    for flow in flows:
+        if flow.stop is None or flow.stop.module is not module:
+            flow.resume()
+        if flow.stop is None or flow.stop.module is not module:
+            raise InputError(
+                f"the forward of this model did not reach a {type(module).__name__} where it was expected; "
+                "its blocks are "
+                "not called in their order, which the streaming loop needs"
+            )
+        stops.append(flow.stop)
+    return stops
