@@ -5,7 +5,7 @@ import torch
 
 from fewbit.errors import InputError
 from fewbit.grid import Table, by_name, dynamic_map, normal_quantiles
-from fewbit.grid.table import TABLES
+from fewbit.grid.table import TABLES, _cells
 
 SHIPPED_NF4 = """
     -1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635
@@ -35,6 +35,9 @@ def test_round_is_the_brute_force_nearest(grid, n):
 
 
 def test_a_table_too_dense_for_the_fast_path_is_still_exact():
+    cpu = torch.device("cpu")
+    assert _cells(DENSE, cpu) is None
+    assert not any(_cells(grid, cpu) is None for grid in (*TABLES, SCRAMBLED))
     x = torch.rand(9000, generator=torch.Generator().manual_seed(0)) * 2.1 - 1.05
     assert DENSE.code_dtype == torch.int32
     assert DENSE.bits == 13

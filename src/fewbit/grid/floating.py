@@ -254,17 +254,15 @@ def _power_of_two(e: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _values(grid: Float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[codes] value of every bit pattern."""
-    with torch.inference_mode(False):
-        return grid._decode(grid.codes()).to(dtype).to(device)
+    return grid._decode(grid.codes()).to(dtype).to(device)
 
 
 @functools.lru_cache(maxsize=256)
 def _cells(grid: Float, device: torch.device) -> Tensor:
     """[2**(M + 11)] uint8: the code of a float32 from its leading M + 10 bits and the sticky bit."""
-    with torch.inference_mode(False):
-        cell = torch.arange(2 ** (grid.mantissa_bits + 11), device="cpu")
-        u = (cell >> 1 << (22 - grid.mantissa_bits)) | (cell & 1)
-        return grid._encode(u.to(torch.int32).view(torch.float32)).to(device)
+    cell = torch.arange(2 ** (grid.mantissa_bits + 11), device="cpu")
+    u = (cell >> 1 << (22 - grid.mantissa_bits)) | (cell & 1)
+    return grid._encode(u.to(torch.int32).view(torch.float32)).to(device)
 
 
 # The rows.

@@ -119,8 +119,7 @@ def _stochastic_rank(x: Tensor, points: Tensor, generator: torch.Generator) -> T
 @functools.lru_cache(maxsize=256)
 def _values(grid: Table, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[n] the values in code order."""
-    with torch.inference_mode(False):
-        return torch.tensor(grid.values, dtype=torch.float32, device=device).to(dtype)
+    return torch.tensor(grid.values, dtype=torch.float32, device=device).to(dtype)
 
 
 @functools.lru_cache(maxsize=256)
@@ -135,29 +134,27 @@ def _sorted(grid: Table, device: torch.device, dtype: torch.dtype) -> tuple[Tens
     for code, value in enumerate(grid.values):
         first.setdefault(value, code)  # 0.0 and -0.0 are one key
     ranked = sorted(first)
-    with torch.inference_mode(False):
-        points = torch.tensor(ranked, dtype=torch.float64, device="cpu")
-        middle = torch.cat([(points[1:] + points[:-1]) / 2, points.new_tensor([math.inf])])
-        cuts = middle.to(dtype)
-        cuts = torch.where(cuts > middle, torch.nextafter(cuts, cuts.new_tensor(-math.inf)), cuts)
-        codes = [first[value] for value in ranked]
-        order = None
-        if codes != list(range(len(codes))):
-            order = torch.tensor(codes, dtype=grid.code_dtype, device=device)
-        return points.to(dtype).to(device), cuts.to(device), order
+    points = torch.tensor(ranked, dtype=torch.float64, device="cpu")
+    middle = torch.cat([(points[1:] + points[:-1]) / 2, points.new_tensor([math.inf])])
+    cuts = middle.to(dtype)
+    cuts = torch.where(cuts > middle, torch.nextafter(cuts, cuts.new_tensor(-math.inf)), cuts)
+    codes = [first[value] for value in ranked]
+    order = None
+    if codes != list(range(len(codes))):
+        order = torch.tensor(codes, dtype=grid.code_dtype, device=device)
+    return points.to(dtype).to(device), cuts.to(device), order
 
 
 @functools.lru_cache(maxsize=256)
 def _cells(grid: Table, device: torch.device) -> Tensor | None:
     """[2**18] int32: rank of the lowest float32 with these leading bits; None if a cell holds two cuts."""
     _, cuts, _ = _sorted(grid, torch.device("cpu"), torch.float32)
-    with torch.inference_mode(False):
-        start = torch.arange(2**18, device="cpu") << _CELL_SHIFT
-        ends = torch.stack([start, start + 2**_CELL_SHIFT - 1]).to(torch.int32).view(torch.float32)
-        ends[1] = torch.where(ends[1].isnan(), ends[0], ends[1])  # the cells that begin with +-Inf
-        ranks = torch.bucketize(ends, cuts[:-1], out_int32=True)
-        lowest, highest = ranks.aminmax(dim=0)
-        return lowest.to(device) if bool((highest - lowest <= 1).all()) else None
+    start = torch.arange(2**18, device="cpu") << _CELL_SHIFT
+    ends = torch.stack([start, start + 2**_CELL_SHIFT - 1]).to(torch.int32).view(torch.float32)
+    ends[1] = torch.where(ends[1].isnan(), ends[0], ends[1])  # the cells that begin with +-Inf
+    ranks = torch.bucketize(ends, cuts[:-1], out_int32=True)
+    lowest, highest = ranks.aminmax(dim=0)
+    return lowest.to(device) if bool((highest - lowest <= 1).all()) else None
 
 
 def normal_quantiles(bits: int) -> tuple[float, ...]:
