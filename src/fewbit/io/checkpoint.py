@@ -1,0 +1,192 @@
+"""A quantized checkpoint as a Source, and the safe way to write its shards.
+
+``Checkpoint`` presents the original names: ``tensors()`` lists ``X.weight`` with the shape it had before, and
+``read`` dequantizes it. Whatever consumes a Source (evaluation, verification, quantizing once more) so consumes a
+checkpoint, and what wants the codes asks ``read_qtensor``. Two layouts are read, told apart by ``quant_method`` in
+config.json: fewbit's own (``fewbit.io.native``) and compressed-tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import InputError
+from fewbit.format.format import Format
+from fewbit.format.qtensor import QTensor
+from fewbit.io import compressed_tensors, native
+from fewbit.io.native import Entry
+from fewbit.io.source import SafetensorsSource, TensorInfo
+
+CODECS = {native.QUANT_METHOD: native, compressed_tensors.QUANT_METHOD: compressed_tensors}
+
+
+def open_folder(folder: Path, name: str) -> SafetensorsSource:
+    """The source of a folder: a ``Checkpoint`` where config.json says that it is quantized, else the plain one.
+
+    Raises ``InputError`` for a quantization method that is not read.
+    """
+    return Checkpoint(folder, name) if _quantization_config(folder) else SafetensorsSource(folder, name)
+
+
+def _quantization_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # SafetensorsSource says what is wrong with it, in its own words
+    return config.get("quantization_config") or {} if isinstance(config, dict) else {}
+
+
+class Checkpoint(SafetensorsSource):
+    """A folder whose config.json has a ``quantization_config`` of fewbit or compressed-tensors.
+
+    Names are those of the checkpoint: a module X is quantized when ``X`` is in ``formats``.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        """Reads headers and shapes only. Raises ``InputError`` for a layout that is not read or is incomplete."""
+        super().__init__(folder, name)
+        self.quantization_config = _quantization_config(folder)
+        method = self.quantization_config.get("quant_method")
+        if method not in CODECS:
+            raise InputError(
+                f"{name} is quantized with {method!r}, which is not read; read are {' and '.join(CODECS)} checkpoints "
+                "and unquantized models"
+            )
+        self._codec = CODECS[method]
+        self.entries: dict[str, Entry] = (
+            self._native() if self._codec is native else self._compressed_tensors()
+        )
+        self._parts = {module: self._stored_names(module, entry) for module, entry in self.entries.items()}
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """Format of every quantized module, by the module's name in the checkpoint."""
+        return {module: entry.format for module, entry in self.entries.items()}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean stored bits of the quantized weights: codes, scales and zeros over elements."""
+        n = {module: math.prod(entry.shape) for module, entry in self.entries.items()}
+        bits = sum(n[m] * e.format.bits_per_weight(e.shape) for m, e in self.entries.items())
+        return bits / sum(n.values())
+
+    def read_qtensor(self, module: str) -> QTensor:
+        """The quantized weight [out, in] of ``module``, on the CPU. KeyError for one that is not quantized."""
+        entry = self.entries[module]
+        return self._codec.from_dict(module, super().read(self._parts[module]), entry.format, entry.shape)
+
+    def config(self):
+        """The model's configuration, without ``quantization_config``: as a source this is a plain model."""
+        config = super().config()
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return config
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Original names. A quantized weight counts as the float32 that ``read`` makes of it."""
+        hidden = {part for parts in self._parts.values() for part in parts}
+        out = {name: info for name, info in super().tensors().items() if name not in hidden}
+        for module, entry in self.entries.items():
+            shape = entry.shape[::-1] if entry.transposed else entry.shape
+            out[f"{module}.weight"] = TensorInfo(
+                shape=shape, dtype=torch.float32, nbytes=4 * math.prod(shape)
+            )
+        return out
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors; quantized weights dequantized to float32 in their original layout."""
+        names = list(names)
+        coded = {
+            name: name.removesuffix(".weight")
+            for name in names
+            if name.removesuffix(".weight") in self.entries
+        }
+        out = super().read(name for name in names if name not in coded)
+        for name, module in coded.items():
+            weight = self.read_qtensor(module).dequantize()
+            out[name] = weight.T.contiguous() if self.entries[module].transposed else weight
+        return out
+
+    # -- the two layouts ----------------------------------------------------------------------------------------
+
+    def _native(self) -> dict[str, Entry]:
+        return native.entries_from_config(self.quantization_config)
+
+    def _compressed_tensors(self) -> dict[str, Entry]:
+        """Quantized are the modules that have a ``weight_scale``; the shape of packed ones is in the file."""
+        dtypes = {
+            name.removesuffix(".weight_scale"): info.dtype
+            for name, info in self._infos.items()
+            if name.endswith(".weight_scale")
+        }
+        formats = compressed_tensors.formats_from_config(self.quantization_config, dtypes)
+        shapes = super().read(f"{m}.weight_shape" for m in formats if f"{m}.weight_shape" in self._infos)
+        out = {}
+        for module, format in formats.items():
+            packed, plain = shapes.get(f"{module}.weight_shape"), self._infos.get(f"{module}.weight")
+            if packed is None and plain is None:
+                raise InputError(
+                    f"{self.name} has no tensor {module}.weight_shape; the checkpoint is incomplete"
+                )
+            out[module] = Entry(
+                format=format, shape=plain.shape if packed is None else tuple(packed.tolist())
+            )
+        return out
+
+    def _stored_names(self, module: str, entry: Entry) -> list[str]:
+        parts = self._codec.names(module, entry.format, entry.shape)
+        missing = [part for part in parts if part not in self._infos]
+        if missing:
+            raise InputError(
+                f"{self.name} has no tensor {missing[0]}, which its configuration asks for; it is incomplete"
+            )
+        return parts
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file at once or not at all: to a temporary name beside it, synced, then renamed.
+
+    Raises ``InputError`` when it cannot be written (disk full, no permission); nothing is left behind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            temporary,
+            {"format": "pt", **(metadata or {})},
+        )
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{path} cannot be written ({reason}); free disk space or choose another output folder"
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable (POSIX asks for it; Windows has no such call)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,189 @@
+"""fewbit's own checkpoint layout: every Format to any depth, densely packed, nothing lost.
+
+A quantized module X holds, instead of ``X.weight``,
+
+    X.codes   uint8 [..., ceil(in * b / 8)]   unsigned fields of b bits, least significant first, one stream per row
+    X.scale   the steps in their own dtype, or where a step is itself quantized X.scale_codes, X.scale_scale, ...
+    X.zero    integer zeros packed like codes along the last axis; float zeros and offsets in their own dtype
+
+and config.json says once which Formats there are and which module has which:
+
+    "quantization_config": {"quant_method": "fewbit", "version": 1, "formats": [{"type": "Format", ...}],
+                            "modules": {"model.layers.0.mlp.up_proj": {"format": 0, "shape": [1536, 576]}}}
+
+The shape is [out, in]; ``"transposed": true`` marks a module whose original weight is stored [in, out] (GPT-2's
+Conv1D). So a file holds exactly ``QTensor.bits_per_weight``, apart from rows that do not end on a byte.
+
+Road not taken: a file per engine's kernel layout. Kernels repack when they load; files stay canonical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import InputError
+from fewbit.format.bits import pack, row_bytes, unpack
+from fewbit.format.codec import from_plain, to_plain
+from fewbit.format.format import Format, Zero
+from fewbit.format.qtensor import QTensor
+from fewbit.grid.grid import Grid
+
+QUANT_METHOD = "fewbit"
+VERSION = 1
+_NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What the configuration says of one quantized module: its Format, shape [out, in], and original layout."""
+
+    format: Format
+    shape: Shape
+    transposed: bool = False
+
+
+# -- tensors ----------------------------------------------------------------------------------------------------
+
+
+def to_dict(module: str, q: QTensor) -> dict[str, Tensor]:
+    """The tensors of a file for the quantized weight of ``module``, names as above."""
+    return {f"{module}.{name}": tensor for name, tensor in _pack_all(q, "").items()}
+
+
+def from_dict(module: str, tensors: Mapping[str, Tensor], format: Format, shape: Shape) -> QTensor:
+    """Inverse of ``to_dict``; other tensors in the mapping are left alone.
+
+    Raises ``InputError`` for a tensor that is missing or has not the shape and dtype that the Format asks for.
+    """
+    got = {}
+    for name, (stored, dtype) in layout(format, shape).items():
+        tensor = tensors.get(f"{module}.{name}")
+        if tensor is None:
+            raise InputError(
+                f"the checkpoint has no tensor {module}.{name}, which {format} needs; it is incomplete"
+            )
+        if tuple(tensor.shape) != stored or tensor.dtype != dtype:
+            raise InputError(
+                f"tensor {module}.{name} is {_say(tensor.shape, tensor.dtype)}, but a weight of shape {list(shape)} "
+                f"in {format} has {_say(stored, dtype)} there; the configuration and the file do not belong together"
+            )
+        got[name] = tensor
+    return _unpack_all(got, format, torch.Size(shape), "")
+
+
+def names(module: str, format: Format, shape: Shape) -> list[str]:
+    """Names of the tensors that hold a weight of ``shape`` in ``format``."""
+    return [f"{module}.{name}" for name in layout(format, shape)]
+
+
+def layout(format: Format, shape: Shape, prefix: str = "") -> dict[str, tuple[Shape, torch.dtype]]:
+    """Name (without the module) -> shape and dtype of every stored tensor of a weight of ``shape``; no data needed."""
+    out = {f"{prefix}codes": (_packed_shape(_codes_shape(format, shape), format.grid.bits), torch.uint8)}
+    if format.scale is None:
+        return out
+    blocks = tuple(format.block.scale_shape(shape))
+    if _is_plain(format.scale):
+        out[f"{prefix}scale"] = (blocks, _NATIVE[format.scale.grid.name])
+    else:
+        out |= layout(format.scale, blocks, f"{prefix}scale_")
+    if format.zero is Zero.INTEGER:
+        out[f"{prefix}zero"] = (_packed_shape(blocks, format.grid.bits), torch.uint8)
+    elif format.zero is not Zero.NONE:
+        out[f"{prefix}zero"] = (blocks, format.zero_dtype)
+    return out
+
+
+def _is_plain(scale: Format) -> bool:
+    """True for steps kept as a float tensor, not as a QTensor."""
+    return scale.scale is None and scale.grid.name in _NATIVE
+
+
+def _codes_shape(format: Format, shape: Shape) -> Shape:
+    return tuple(shape) if format.grid.width == 1 else (*shape[:-1], shape[-1] // format.grid.width)
+
+
+def _packed_shape(shape: Shape, bits: int) -> Shape:
+    """A scalar is packed as a row of one."""
+    return (*shape[:-1], row_bytes(shape[-1] if shape else 1, bits))
+
+
+def _pack_all(q: QTensor, prefix: str) -> dict[str, Tensor]:
+    out = {f"{prefix}codes": _pack(q.format.grid, q.codes)}
+    if isinstance(q.scale, QTensor):
+        out |= _pack_all(q.scale, f"{prefix}scale_")
+    elif q.scale is not None:
+        out[f"{prefix}scale"] = q.scale.contiguous()
+    if q.zero is not None:
+        whole = q.format.zero is Zero.INTEGER
+        out[f"{prefix}zero"] = _pack(q.format.grid, q.zero) if whole else q.zero.contiguous()
+    return out
+
+
+def _unpack_all(tensors: Mapping[str, Tensor], format: Format, shape: torch.Size, prefix: str) -> QTensor:
+    codes = _unpack(format.grid, tensors[f"{prefix}codes"], _codes_shape(format, shape))
+    scale = zero = None
+    if format.scale is not None:
+        blocks = torch.Size(format.block.scale_shape(shape))
+        if _is_plain(format.scale):
+            scale = tensors[f"{prefix}scale"]
+        else:
+            scale = _unpack_all(tensors, format.scale, blocks, f"{prefix}scale_")
+        if format.zero is not Zero.NONE:
+            zero = tensors[f"{prefix}zero"]
+            zero = _unpack(format.grid, zero, blocks) if format.zero is Zero.INTEGER else zero
+    return QTensor(codes=codes, scale=scale, zero=zero, format=format, shape=shape)
+
+
+def _pack(grid: Grid, codes: Tensor) -> Tensor:
+    return pack(torch.atleast_1d(grid.to_unsigned(codes)), grid.bits).contiguous()
+
+
+def _unpack(grid: Grid, packed: Tensor, shape: Shape) -> Tensor:
+    return grid.from_unsigned(unpack(packed, grid.bits, shape[-1] if shape else 1)).reshape(shape)
+
+
+def _say(shape: Shape, dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} of shape {list(shape)}"
+
+
+# -- configuration ----------------------------------------------------------------------------------------------
+
+
+def quantization_config(entries: Mapping[str, Entry]) -> dict:
+    """The ``quantization_config`` of config.json for modules under their checkpoint names."""
+    formats = list(dict.fromkeys(entry.format for entry in entries.values()))
+    modules = {}
+    for name, entry in entries.items():
+        modules[name] = {"format": formats.index(entry.format), "shape": list(entry.shape)}
+        if entry.transposed:
+            modules[name]["transposed"] = True
+    plain = [to_plain(f) for f in formats]
+    return {"quant_method": QUANT_METHOD, "version": VERSION, "formats": plain, "modules": modules}
+
+
+def entries_from_config(config: Mapping) -> dict[str, Entry]:
+    """Inverse of ``quantization_config``. Raises ``InputError`` for a newer version or a broken configuration."""
+    if config.get("version") != VERSION:
+        raise InputError(
+            f"this checkpoint has version {config.get('version')!r} of fewbit's layout and this release reads version "
+            f"{VERSION}; update fewbit"
+        )
+    try:
+        formats = [from_plain(f) for f in config["formats"]]
+        return {
+            name: Entry(
+                format=formats[m["format"]], shape=tuple(m["shape"]), transposed=m.get("transposed", False)
+            )
+            for name, m in config["modules"].items()
+        }
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"the quantization_config of this checkpoint is broken ({type(error).__name__}: {error}); expected "
+            "'formats' and 'modules' as fewbit writes them"
+        ) from None

@@ -1,0 +1,85 @@
+"""QLinear: a linear layer whose weight is a QTensor. A thin shell: buffers, and one call to ``kernel.linear``.
+
+    y = x W^T + b        W [out, in] decoded from codes, scale and zero; computed in x's dtype
+
+The buffers hold the canonical, unpacked QTensor: ``codes``, ``scale``, ``zero``; where the scale is itself a
+QTensor, ``scale_codes``, ``scale_scale`` and so on to any depth. Files hold the same names packed
+(``fewbit.io.native``).
+
+Road not taken: a subclass of ``torch.nn.Linear`` with a weight that is a tensor subclass. Code that asks for
+``isinstance(m, nn.Linear)`` goes on to read or overwrite ``weight``, which is wrong here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.format.format import Format
+from fewbit.format.qtensor import QTensor
+from fewbit.kernel.linear import linear
+
+
+class QLinear(nn.Module):
+    """``in_features`` -> ``out_features`` with a quantized weight [out, in] and an optional bias [out]."""
+
+    def __init__(self, qweight: QTensor, bias: Tensor | None = None):
+        """The tensors are taken as they are, not copied; a bias that is a Parameter stays the same Parameter."""
+        super().__init__()
+        self.format, self.shape = qweight.format, torch.Size(qweight.shape)
+        self.out_features, self.in_features = self.shape
+        for name, tensor in _flatten(qweight).items():
+            self.register_buffer(name, tensor)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @property
+    def qweight(self) -> QTensor:
+        """The weight as a QTensor over this module's buffers (no copy)."""
+        return _gather(self.format, self.shape, self._buffers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in x's dtype."""
+        return linear(x, self.qweight, self.bias)
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.format}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
+        """Devices follow ``module.to``; dtypes do not: the steps' dtype belongs to the format.
+
+        ``model.half()`` would otherwise round float32 steps in silence.
+        """
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+def _flatten(q: QTensor, prefix: str = "") -> dict[str, Tensor]:
+    """Every tensor of a QTensor under its name: codes, scale or scale_..., zero."""
+    out = {f"{prefix}codes": q.codes}
+    if isinstance(q.scale, QTensor):
+        out |= _flatten(q.scale, f"{prefix}scale_")
+    elif q.scale is not None:
+        out[f"{prefix}scale"] = q.scale
+    if q.zero is not None:
+        out[f"{prefix}zero"] = q.zero
+    return out
+
+
+def _gather(format: Format, shape: torch.Size, tensors: dict[str, Tensor], prefix: str = "") -> QTensor:
+    """Inverse of ``_flatten``."""
+    scale = tensors.get(f"{prefix}scale")
+    if scale is None and format.scale is not None:
+        blocks = torch.Size(format.block.scale_shape(shape))
+        scale = _gather(format.scale, blocks, tensors, f"{prefix}scale_")
+    codes, zero = tensors[f"{prefix}codes"], tensors.get(f"{prefix}zero")
+    return QTensor(codes=codes, scale=scale, zero=zero, format=format, shape=shape)
