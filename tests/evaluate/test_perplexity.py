@@ -2,12 +2,15 @@
 
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import ARCHITECTURES, tiny, tiny_ids
 
+import fewbit
 from fewbit.errors import InputError
 from fewbit.evaluate import perplexity as module
 from fewbit.evaluate.perplexity import Protocol, evaluate, windows
@@ -255,3 +258,11 @@ def test_what_cannot_be_evaluated_is_refused_in_one_sentence():
 def test_impossible_protocols_are_refused(settings, sentence):
     with pytest.raises(InputError, match=sentence):
         Protocol(**settings)
+
+
+@pytest.mark.parametrize("first", ["from fewbit.evaluate import Protocol", "fewbit.evaluate"])
+def test_the_public_name_can_be_called_whatever_was_imported_first(first):
+    then = "from fewbit.evaluate import Protocol\nassert callable(fewbit.evaluate)"
+    code = f"import fewbit\n{first}\n{then}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert fewbit.evaluate(Table(P), torch.tensor([IDS]), Protocol(window=11)).windows == 1
