@@ -1,0 +1,135 @@
+"""``fewbit eval``: what the bits cost, beside the protocol without which a figure says nothing."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fewbit.cli import options
+from fewbit.cli.options import Checkpoint, Device, Dtype, DtypeName, JoinName, Json, Verbose
+from fewbit.errors import InputError
+
+if TYPE_CHECKING:
+    from fewbit.evaluate import Evaluation
+
+SAMPLE = "The quick brown fox, 1914: f(x) = x**2; naïve Straße, 東京."  # two tokenizers must agree on it
+
+
+def evaluate(
+    model: Checkpoint,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="A text file, JSON lines, a hub data set as name:config:split, or embedded:eval (the part "
+            "of the embedded text that calibration does not see).",
+        ),
+    ] = options.HELD_OUT,
+    join: Annotated[
+        JoinName,
+        typer.Option(
+            help="rows: lines joined by blank lines, as in published WikiText figures; solid: without them."
+        ),
+    ] = JoinName.SOLID,
+    window: Annotated[int, typer.Option(metavar="L", help="Tokens in a window.")] = options.WINDOW,
+    windows: Annotated[
+        int, typer.Option(metavar="N", help="Windows from the start of the text; 0: all.")
+    ] = options.WINDOWS,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            metavar="S", help="Tokens between the starts of windows.", show_default="the window: no overlap"
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The original; adds KL divergence and top-1 agreement."),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = DtypeName.AUTO,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Perplexity of a MODEL or CHECKPOINT on a text, and its distance from the original.
+
+    KL is the mean over tokens of KL(original || result) in nats; top-1 the share of tokens at which both
+    hold the same one likeliest.
+    """
+    options.quiet(verbose)
+    from fewbit.cli.progress import Windows
+    from fewbit.cli.show import print_json
+    from fewbit.cli.size import bits_per_weight, size_bytes
+    from fewbit.evaluate import Protocol
+    from fewbit.evaluate import evaluate as run
+    from fewbit.evaluate import windows as cut
+    from fewbit.io.load import load
+    from fewbit.io.source import open_source
+    from fewbit.io.text import Join, read_text
+
+    protocol = Protocol(window=window, windows=windows or None, stride=stride, join=Join(join.value))
+    where, kind = options.device_name(device), options.dtype_of(dtype)
+    text = read_text(data)
+    source = open_source(model)
+    original = None if against is None else open_source(against)
+    if original is not None:
+        _same_tokenizer(source, original)
+    tokens = cut(source.tokenizer(), text, protocol)
+    options.note(f"loading {model}" + (f" and {against}" if against else ""))
+    subject = load(model, where, kind)
+    judge = None if against is None else load(against, where, kind)
+    found = run(subject, tokens, protocol, against=judge, progress=Windows(), data=text.name)
+    report = found.as_dict() | {
+        "model": model,
+        "against": against,
+        "bits_per_weight": bits_per_weight(source),
+        "size_bytes": size_bytes(source),
+        "device": where,
+        "dtype": str(getattr(subject, "dtype", kind)).removeprefix("torch."),
+    }
+    if as_json:
+        print_json(report)
+    else:
+        _show(found, report)
+
+
+def _same_tokenizer(source: Any, original: Any) -> None:
+    """Token ids must mean the same to both."""
+    a, b = (s.tokenizer()(SAMPLE, add_special_tokens=False)["input_ids"] for s in (source, original))
+    if a != b:
+        raise InputError(
+            f"{source.name} and {original.name} do not have the same tokenizer, so their predictions cannot "
+            "be compared; give with --against the model that the checkpoint was made from"
+        )
+
+
+def _show(found: Evaluation, report: dict) -> None:
+    """The figures with standard errors, then the protocol."""
+    from fewbit.cli.show import duration, facts, number, size
+
+    rows, join = [("model", report["model"])], found.join.value
+    if found.perplexity is not None:
+        error = None if found.nll_error is None else found.perplexity * found.nll_error
+        rows.append(("perplexity", number(found.perplexity) + _plus_minus(error)))
+    if found.kl is not None:
+        rows.append(
+            (
+                "KL",
+                f"{number(found.kl)}{_plus_minus(found.kl_error)} nats per token, from {report['against']}",
+            )
+        )
+        rows.append(("top-1", f"{100 * found.top1:.1f} % of tokens agree"))
+    rows += [
+        ("bits", f"{report['bits_per_weight']:.2f} per weight"),
+        ("size", size(report["size_bytes"])),
+        ("protocol", f"{found.windows} windows of {found.window} tokens, stride {found.stride}, join {join}"),
+        ("", f"{found.tokens:,} tokens scored; +- is the standard error over windows"),
+        ("text", found.data),
+        ("run", f"{report['dtype']} on {report['device']}, {duration(found.seconds)}"),
+    ]
+    facts(rows, sys.stdout)
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" +- {error:.2g}"

@@ -1,0 +1,100 @@
+"""``fewbit``: the entry point, and what becomes of errors.
+
+0    done
+1    a defect of fewbit: a traceback, please report it
+2    input that cannot be worked with: one sentence "fewbit: ..." on standard error
+130  interrupted
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from fewbit.cli import evaluate, generate, quantize, tables
+from fewbit.errors import InputError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Commands(TyperGroup):
+    """The group of all commands; turns errors that mean "your input" into one sentence and exit code 2."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        """Run one command."""
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            self._leave(2, str(error))
+        except KeyboardInterrupt:
+            again = "; the same command goes on from the last finished block"
+            self._leave(130, "interrupted" + (again if ctx.invoked_subcommand == "quantize" else ""))
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            where = f" at {error.filename}" if error.filename else ""
+            self._leave(2, f"the disk is full{where}; free some space and run the same command again")
+
+    @staticmethod
+    def _leave(code: int, sentence: str) -> None:
+        print("fewbit:", " ".join(sentence.split()), file=sys.stderr)
+        raise typer.Exit(code)
+
+
+app = typer.Typer(
+    name="fewbit",
+    cls=Commands,
+    help="Turn any Hugging Face language model into few bits, and prove what that cost.",
+    epilog="Example:  fewbit quantize smollm2 -r gptq --group-size 64 -o out/smollm2-w4a16",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # joins the lines of a paragraph again
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print("fewbit", version("fewbit"))
+        raise typer.Exit
+
+
+@app.callback()
+def _fewbit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+for _name, _command, _example in (
+    ("quantize", quantize.quantize, "fewbit quantize smollm2 -r gptq --group-size 64 -o out/smollm2-w4a16"),
+    ("plan", quantize.plan, "fewbit plan smollm2 -r gptq --bits 3 --group-size 64"),
+    ("eval", evaluate.evaluate, "fewbit eval out/smollm2-w4a16 --data wiki.txt --against smollm2"),
+    ("generate", generate.generate, 'fewbit generate out/smollm2-w4a16 "The capital of France is"'),
+    ("recipes", tables.recipes, "fewbit recipes gptq --set bits=3 > mine.yaml"),
+    ("formats", tables.formats, "fewbit formats --json"),
+):
+    app.command(_name, epilog=f"Example:  {_example}")(_command)
+
+
+def run() -> None:
+    """What the ``fewbit`` command calls."""
+    try:
+        app()
+    except BrokenPipeError:  # `fewbit formats | head`: nobody reads on, and that is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    run()
