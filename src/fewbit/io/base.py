@@ -1,0 +1,92 @@
+"""What a model at rest has to answer, whatever it is stored in: the abstract ``Source``."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fewbit.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """What a header says of one tensor, in the form in which ``Source.read`` returns it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+
+
+class Source(ABC):
+    """A model at rest. ``name`` is what the user typed; tensor names are those of the checkpoint."""
+
+    name: str
+
+    @abstractmethod
+    def config(self):
+        """The transformers ``PretrainedConfig`` (one object, built once: copy it before changing it)."""
+
+    @abstractmethod
+    def tokenizer(self):
+        """The fast tokenizer. Raises ``InputError`` when the model comes without one."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Stored name -> shape, dtype, bytes. Reads headers only."""
+
+    @abstractmethod
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The named tensors in owned CPU memory, dtypes as ``tensors()`` says. KeyError on unknown names."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of tensors that an output checkpoint keeps unquantized."""
+
+    @abstractmethod
+    def companions(self, folder: Path) -> list[str]:
+        """Write config.json (no ``quantization_config``), generation config, tokenizer and chat template.
+
+        Returns the names of the files written. Licence and README stay behind: they speak of the original.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over file names, sizes, headers and a sample of the content. No dates, no folders."""
+
+    def release(self) -> None:
+        """Give mapped pages back. Here nothing remains: every ``read`` closes its files again."""
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise ``InputError`` with the name and the count when ``tensor`` holds NaN or infinite values."""
+    if not tensor.is_floating_point():
+        return
+    bad = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
+    if bad:
+        raise InputError(
+            f"Tensor {name} holds {bad} values out of {tensor.numel()} that are NaN or infinite; "
+            "the checkpoint is damaged, get it again."
+        )
+
+
+def content_hash(parts: Iterable[tuple[str, Path, int]]) -> str:
+    """SHA-256 over (name, path, header bytes) of files: name, size, header, and 16 samples of 4 KiB."""
+    digest = hashlib.sha256()
+    for name, path, header in parts:
+        size = path.stat().st_size
+        digest.update(f"{name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(header))
+            for i in range(16):
+                file.seek(header + (size - header) * i // 16)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    """What another library said, as part of a sentence of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -1,0 +1,229 @@
+"""A model without weights, and how weights get in and out of it.
+
+The skeleton is the transformers class that the config names, built by its own constructor. As each parameter
+is registered it is replaced by one on the meta device, so nothing is initialised or allocated, while every
+buffer (rotary frequencies, causal masks, embedding scales) is computed for real. Building it takes as long as
+running the constructor: no table per architecture says which buffers there are.
+
+``parameter_map`` says where each parameter comes from, by the renamings that transformers itself applies when
+it loads (prefix of the base model, old names of norms, moved modules). Parameters that are one object are
+tied, and share one stored tensor. ``materialize`` and ``dematerialize`` bring named parameters in and give
+them back.
+
+Road not taken: ``torch.device("meta")`` around the constructor makes the buffers meta too, and what they
+held is not in the checkpoint.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from fewbit.errors import InputError
+from fewbit.io.base import Source
+
+
+def build_skeleton(source: Source) -> nn.Module:
+    """The model of ``source`` in evaluation mode: parameters on meta (float32), buffers real and on the CPU.
+
+    The class is the one that ``config.architectures`` names first, else what ``AutoModelForCausalLM`` picks.
+    Raises ``InputError`` when it exists only as custom code. The global random state and default dtype stay
+    as they are.
+    """
+    import transformers
+
+    config = copy.deepcopy(source.config())
+    named = (config.architectures or [None])[0]
+    cls = getattr(transformers, named, None) if named else None
+    with _weightless():
+        if cls is not None:
+            model = cls(config)
+        elif getattr(config, "auto_map", None):
+            raise InputError(
+                f"{source.name} needs custom code from its repository (class {named} is not in "
+                "transformers), which is never run; use a model that transformers supports natively."
+            )
+        else:
+            try:
+                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            except ValueError as error:
+                raise InputError(
+                    f"{source.name} is a {config.model_type} model of class {named}, which transformers "
+                    "does not have as a language model; use a causal or masked language model."
+                ) from error
+    return model.eval()
+
+
+@contextmanager
+def _weightless():
+    """Parameters registered inside become meta; random state and default dtype are restored afterwards."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    def to_meta(module: nn.Module, name: str, param: nn.Parameter):
+        if (
+            param is None or param.is_meta
+        ):  # one that is meta already may be tied: it must stay the same object
+            return None
+        return nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+
+    before = torch.get_default_dtype()
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        torch.set_default_dtype(torch.float32)
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+        handle.remove()
+
+
+def parameter_map(source: Source, model: nn.Module) -> tuple[dict[str, str], tuple[str, ...]]:
+    """(name in ``model.state_dict()`` -> stored name, stored names that nothing uses).
+
+    Tied parameters map to the same stored tensor. A persistent buffer without a stored tensor is left out and
+    keeps its computed value. Raises ``InputError`` for a parameter without a stored tensor, a shape that
+    differs, tied parameters stored with different values, and models whose tensors transformers rebuilds on
+    loading.
+    """
+    infos = source.tensors()
+    slots = model.state_dict(keep_vars=True)
+    mapping: dict[str, str] = {}
+    unused = []
+    for stored, name in _renamed(source, model, infos, slots):
+        if name in slots and name not in mapping:
+            mapping[name] = stored
+        else:
+            unused.append(stored)
+
+    for names in _tied(model):
+        present = [name for name in names if name in mapping]
+        if present:
+            _check_equal(source, {name: mapping[name] for name in present})
+            unused += sorted({mapping[name] for name in present[1:]} - {mapping[present[0]]})
+            mapping.update(dict.fromkeys(names, mapping[present[0]]))
+
+    missing = [
+        name for name, value in slots.items() if name not in mapping and isinstance(value, nn.Parameter)
+    ]
+    if missing:
+        raise InputError(_why_missing(source, missing))
+    for name, stored in mapping.items():
+        if tuple(slots[name].shape) != infos[stored].shape:
+            raise InputError(
+                f"{source.name} stores {stored} with shape {list(infos[stored].shape)}, but its config "
+                f"asks for {list(slots[name].shape)}; config.json and weights do not belong together."
+            )
+    ordered = {name: mapping[name] for name in slots if name in mapping}
+    return ordered, tuple(unused)
+
+
+def _renamed(source: Source, model: nn.Module, infos: Mapping, slots: Mapping) -> list[tuple[str, str]]:
+    """(stored name, the name transformers gives it) for every stored tensor."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    prefix = model.base_model_prefix
+    found = []
+    for stored in sorted(infos, key=dot_natural_key):
+        name, rebuilt = rename_source_key(stored, renamings, converters, prefix, slots)
+        if name not in slots and stored in slots:
+            name, rebuilt = rename_source_key(stored, [], [], prefix, slots)
+        if name in slots and rebuilt is not None:
+            raise InputError(
+                f"{source.name} stores {stored} in a form that has to be rebuilt on loading ({rebuilt}, "
+                "as models with fused experts do), which is not supported; use a model whose tensors are "
+                "stored as they are."
+            )
+        found.append((stored, name))
+    return found
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Groups of two or more names that are one parameter."""
+    groups: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(param), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _check_equal(source: Source, mapping: Mapping[str, str]) -> None:
+    """Refuse a file that stores tied parameters twice and differently: one of the two would be lost."""
+    (first, kept), *others = mapping.items()
+    for name, stored in others:
+        pair = source.read([kept, stored])
+        if not torch.equal(pair[kept], pair[stored]):
+            raise InputError(
+                f"The config of {source.name} ties {name} to {first}, but the file stores different "
+                'values for them; set "tie_word_embeddings" to false in config.json.'
+            )
+
+
+def _why_missing(source: Source, missing: list[str]) -> str:
+    shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    return (
+        f"{source.name} stores no tensor for {shown}; the checkpoint is incomplete or its config names "
+        "another class than it was saved from."
+    )
+
+
+def materialize(
+    model: nn.Module,
+    names: Iterable[str],
+    source: Source,
+    mapping: Mapping[str, str],
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Put the named parameters and buffers in place by one ``source.read``; cast floating ones to ``dtype``.
+
+    All names that share a stored tensor get it as one and the same parameter, also those not asked for.
+    Buffers that were computed (not read) move to ``device``, in their own dtype, throughout the model.
+    """
+    holders: dict[str, list[str]] = {}
+    for name, stored in mapping.items():
+        holders.setdefault(stored, []).append(name)
+    wanted = list(dict.fromkeys(mapping[name] for name in names))
+    tensors = source.read(wanted)
+    for stored in wanted:
+        value = tensors.pop(stored)
+        value = value.to(device, dtype if value.is_floating_point() else value.dtype)
+        _place(model, holders[stored], value)
+        del value
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta and buffer.device != torch.device(device):
+                module._buffers[key] = buffer.to(device)
+
+
+def _place(model: nn.Module, names: list[str], value: torch.Tensor) -> None:
+    """Set ``value`` at all ``names``: as one shared parameter, or as a buffer where the slot is one."""
+    shared = None
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if key in module._buffers:
+            module._buffers[key] = value
+        elif shared is None:
+            shared = module._parameters[key]
+            fresh = nn.Parameter(value, requires_grad=shared.requires_grad and value.is_floating_point())
+            torch.utils.swap_tensors(shared, fresh)
+        else:
+            module._parameters[key] = shared
+
+
+def dematerialize(module: nn.Module) -> None:
+    """All parameters of ``module`` back to meta, memory given back; those tied to them elsewhere go along.
+
+    Buffers stay: computed ones cannot be read again, and they are small.
+    """
+    for param in module.parameters():
+        if not param.is_meta:
+            # In place, not by replacement: a tied parameter in another module is this same object.
+            meta = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            torch.utils.swap_tensors(param, meta)
+            del meta

@@ -1,0 +1,283 @@
+"""Where models come from: a folder or hub repository of safetensors, a GGUF file, or the packaged model.
+
+A :class:`Source` answers what the streaming loop asks, and nothing more: the configuration, the tokenizer,
+the list of stored tensors (from the headers alone), and some named tensors now. Tensors come back as owned
+memory and no file stays mapped between two reads, so a process that walks through the blocks one by one holds
+one block, whatever the size of the file.
+
+Only safetensors and GGUF are read. Pickled weights (``pytorch_model.bin``) and code that a repository brings
+along are never loaded: both can run anything. The cost is that models which exist only in those forms are
+refused.
+
+Road not taken: ``from_pretrained`` and then quantize. It is simpler and needs the whole model in memory.
+"""
+
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from fewbit.errors import InputError
+from fewbit.io.base import Source, TensorInfo, check_finite, content_hash, first_line
+from fewbit.io.locate import PACKAGED, from_hub, packaged_file
+
+__all__ = ["SafetensorsSource", "Source", "TensorInfo", "check_finite", "open_source"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+COMPANION_FILES = (
+    *TOKENIZER_FILES,
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def open_source(model: str | Path) -> Source:
+    """The source behind what a user typed.
+
+    ``model`` is ``smollm2`` (the packaged model; a folder of that name is ``./smollm2``), a folder with
+    safetensors, a ``.gguf`` file, or a hub id. Raises ``InputError`` when it is none of these.
+    """
+    from fewbit.io.checkpoint import open_folder
+    from fewbit.io.gguf import GgufSource
+
+    name = str(model)
+    if name == PACKAGED:
+        return GgufSource(packaged_file(), name)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return open_folder(path, name)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return GgufSource(path, name)
+        raise InputError(
+            f"{name} is a single file that is not GGUF; give a .gguf file, or the folder of the safetensors."
+        )
+    if path.suffix == ".gguf" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise InputError(
+            f"There is no model at {name}; give a folder, a .gguf file, a hub id, or {PACKAGED!r}."
+        )
+    return open_folder(from_hub(name), name)
+
+
+class SafetensorsSource(Source):
+    """A folder with ``config.json`` and safetensors: one file, or an index and its shards."""
+
+    def __init__(self, folder: Path, name: str):
+        """List the stored tensors. Raises ``InputError`` for a folder, index or file that cannot be read."""
+        self.name = name
+        self.folder = folder
+        self._infos: dict[str, TensorInfo] = {}
+        self._file_of: dict[str, Path] = {}
+        self._index: dict[str, str] = {}
+        self.files = self._find_files()
+        for path in self.files:
+            self._read_header(path)
+        for tensor, shard in self._index.items():
+            if self._file_of.get(tensor) != folder / shard:
+                raise InputError(
+                    f"The index of {name} says that {shard} holds {tensor}, but it does not; get both again."
+                )
+        if not self._infos:
+            raise InputError(
+                f"The safetensors in {name} hold no tensor; the checkpoint is empty, get it again."
+            )
+
+    def config(self):
+        """See :class:`Source`. Raises ``InputError`` when there is none or it needs custom code."""
+        return self._config
+
+    @cached_property
+    def _config(self):
+        from transformers import AutoConfig
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        raw = self._raw_config
+        kind = raw.get("model_type")
+        if kind not in CONFIG_MAPPING:
+            if "auto_map" in raw:
+                raise InputError(
+                    f"{self.name} needs custom code from its repository (model_type {kind!r} is not in "
+                    "transformers), which is never run; use a model that transformers supports natively."
+                )
+            raise InputError(
+                f"The config.json of {self.name} gives model_type {kind!r}, which this transformers "
+                "does not know; use a supported model or a newer transformers."
+            )
+        try:
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        except Exception as error:  # every config class checks its fields in its own way
+            raise InputError(
+                f"transformers cannot use the config.json of {self.name} ({first_line(error)}); correct it."
+            ) from error
+
+    @cached_property
+    def _raw_config(self) -> dict:
+        path = self.folder / "config.json"
+        if not path.is_file():
+            raise InputError(
+                f"{self.name} has no config.json; give the folder of a complete Hugging Face checkpoint."
+            )
+        return _read_json(path)
+
+    def tokenizer(self):
+        """See :class:`Source`."""
+        from transformers import AutoTokenizer
+
+        if not any((self.folder / file).is_file() for file in TOKENIZER_FILES):
+            raise InputError(
+                f"{self.name} comes without a tokenizer; copy its tokenizer.json into the folder."
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except Exception as error:  # the loaders raise whatever their formats raise
+            raise InputError(
+                f"The tokenizer of {self.name} cannot be loaded ({first_line(error)}); "
+                "copy a complete tokenizer.json into the folder."
+            ) from error
+        if not tokenizer.is_fast:
+            raise InputError(f"{self.name} has only a slow tokenizer; convert it to a tokenizer.json first.")
+        return tokenizer
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """See :class:`Source`."""
+        return dict(self._infos)
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """See :class:`Source`. Files are opened for this call alone; the copies own their memory."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._file_of[name], []).append(name)
+        result = {}
+        for path, members in by_file.items():
+            with _open(path) as file:
+                for name in members:
+                    result[name] = file.get_tensor(name).clone()
+        return result
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The config's dtype, else the float dtype that holds most of the stored bytes."""
+        if isinstance(self.config().dtype, torch.dtype):
+            return self.config().dtype
+        weight = Counter()
+        for info in self._infos.values():
+            if info.dtype.is_floating_point:
+                weight[info.dtype] += info.nbytes
+        return weight.most_common(1)[0][0] if weight else torch.float32
+
+    def companions(self, folder: Path) -> list[str]:
+        """See :class:`Source`. ``auto_map`` is dropped too: the code it points to is not copied."""
+        config = {k: v for k, v in self._raw_config.items() if k not in ("quantization_config", "auto_map")}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        extra = [p.relative_to(self.folder) for p in self.folder.glob("additional_chat_templates/*.jinja")]
+        present = [Path(file) for file in COMPANION_FILES if (self.folder / file).is_file()]
+        for file in [*present, *extra]:
+            (folder / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self.folder / file, folder / file)
+        return ["config.json", *(str(file) for file in [*present, *sorted(extra)])]
+
+    def fingerprint(self) -> str:
+        """See :class:`Source`. Covers the config and tokenizer files as well: they decide the result too."""
+        small = [self.folder / f for f in ("config.json", *COMPANION_FILES) if (self.folder / f).is_file()]
+        parts = [(p.name, p, p.stat().st_size) for p in small]
+        for path in self.files:
+            with path.open("rb") as file:
+                parts.append((path.name, path, 8 + int.from_bytes(file.read(8), "little")))
+        return content_hash(parts)
+
+    def _find_files(self) -> list[Path]:
+        index = self.folder / "model.safetensors.index.json"
+        single = self.folder / "model.safetensors"
+        if index.is_file():
+            self._index = _read_json(index).get("weight_map", {})
+            names = sorted(set(self._index.values()))
+            for name in names:
+                if not (self.folder / name).is_file():
+                    raise InputError(
+                        f"{index} names the shard {name}, which is missing; download the model again."
+                    )
+            return [self.folder / name for name in names]
+        found = [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
+        if len(found) > 1:
+            raise InputError(
+                f"{self.name} holds {len(found)} safetensors files but no model.safetensors.index.json; "
+                "add the index."
+            )
+        if not found:
+            raise InputError(self._why_nothing())
+        return found
+
+    def _why_nothing(self) -> str:
+        pickles = [p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in self.folder.glob(kind)]
+        if pickles:
+            return (
+                f"{self.name} has only pickled weights ({pickles[0]}), which are never loaded because a "
+                "pickle can run code; convert them to safetensors first."
+            )
+        ggufs = sorted(self.folder.glob("*.gguf"))
+        if ggufs:
+            return f"{self.name} is a folder with GGUF files; name the file itself, for example {ggufs[0]}."
+        return f"{self.name} holds no safetensors weights; give the folder of a Hugging Face checkpoint."
+
+    def _read_header(self, path: Path) -> None:
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                view = file.get_slice(name)
+                kind, shape = view.get_dtype(), tuple(view.get_shape())
+                if kind not in DTYPES:
+                    raise InputError(f"Tensor {name} in {path} has the dtype {kind}, which is not supported.")
+                dtype = DTYPES[kind]
+                nbytes = dtype.itemsize * torch.Size(shape).numel()
+                self._infos[name] = TensorInfo(shape=shape, dtype=dtype, nbytes=nbytes)
+                self._file_of[name] = path
+
+
+def _open(path: Path):
+    """An open safetensors file; its own error becomes one sentence with the file's name."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} is not a complete safetensors file ({first_line(error)}); it was cut short or "
+            "damaged, get it again."
+        ) from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({first_line(error)}); get the file again.") from error
