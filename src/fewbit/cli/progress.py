@@ -91,52 +91,57 @@ class Lines(Progress):
 
 
 class Live(Lines):
-    """For a terminal: a bar of blocks, the layer that was solved last, the time left."""
+    """For a terminal: a bar of blocks and the time left; below it the layer that was solved last."""
 
     def __init__(self) -> None:
         super().__init__()
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.console import Group
+        from rich.live import Live as Screen
+        from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
+        from rich.text import Text
 
-        columns = (
-            "{task.description}",
+        self._text = ""
+        self._bar = Bar(
             BarColumn(bar_width=30),
-            "{task.fields[count]}",
-            "{task.fields[left]}",
+            *(TextColumn(f"{{task.fields[{f}]}}", markup=False) for f in ("count", "left")),
         )
-        parts = [TextColumn(c, markup=False) if isinstance(c, str) else c for c in columns]
-        layer = TextColumn("{task.fields[layer]}", markup=False)
-        self._bar = Bar(*parts, TimeElapsedColumn(), layer, console=console(sys.stderr), transient=True)
-        self._task = self._bar.add_task("quantizing", total=None, count="", left="", layer="")
+        self._task = self._bar.add_task("blocks", total=None, count="", left="")
+
+        def draw() -> Group:
+            left = f"about {duration(self.remaining.seconds())} left"
+            self._bar.update(self._task, left=left if self._running else "")
+            return Group(self._bar.get_renderable(), Text(self._text, no_wrap=True, overflow="ellipsis"))
+
+        self._running = False
+        self._screen = Screen(
+            get_renderable=draw, console=console(sys.stderr), transient=True, refresh_per_second=4
+        )
 
     def start(self, plan: Plan) -> None:
         """The plan above, the bar below it."""
         super().start(plan)
-        self._bar.start()
+        self._running = True
+        self._screen.start()
 
     def phase(self, text: str) -> None:
-        """The bar's first words."""
-        self._bar.update(self._task, description=text, layer="")
+        """The line below the bar."""
+        self._text = text
 
     def layer(self, row: LayerRow, seconds: float) -> None:
         """Name, error and time of the layer."""
         super().layer(row, seconds)
-        self._bar.update(
-            self._task,
-            description="quantizing",
-            left=f"about {duration(self.remaining.seconds())} left",
-            layer=f"{row.layer}  error {percent(row.error)}  {duration(seconds)}",
-        )
+        self._text = f"{row.layer}  error {percent(row.error)}  {duration(seconds)}"
 
     def block(self, done: int, total: int, resumed: bool) -> None:
         """The bar moves."""
         self.remaining.block(done, total, resumed)
         self._rows.clear()
-        left = self._left(done, total).removeprefix(", ")
-        self._bar.update(self._task, completed=done, total=total, count=f"block {done}/{total}", left=left)
+        self._running = done < total
+        self._bar.update(self._task, completed=done, total=total, count=f"block {done}/{total}")
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._screen.stop()
 
 
 def watch_run() -> Lines:

@@ -94,7 +94,7 @@ def show_result(result: Result, model: str, stream: IO[str]) -> None:
             ("written as", HELD_BY[plan.checkpoint]),
             ("bits", f"{plan.bits_per_weight:.2f} per quantized weight"),
             ("size", f"{_before(plan)} -> {size(written)}"),
-            ("verified", f"read back from disk, its logits differ by {result.difference:.1g} of the largest"),
+            ("verified", _verified(result.difference)),
             ("done", done),
         ],
         stream,
@@ -111,6 +111,12 @@ def show_result(result: Result, model: str, stream: IO[str]) -> None:
     stream.write(f"  fewbit eval {path} --data embedded:eval --against {shlex.quote(model)}\n")
     stream.write(f'  fewbit generate {path} "The capital of France is"\n')
     stream.flush()
+
+
+def _verified(difference: float) -> str:
+    if difference == 0:
+        return "read back from disk: its logits equal those of the run"
+    return f"read back from disk: its logits equal those of the run to {difference:.1g} of the largest"
 
 
 def _show_notes(result: Result, stream: IO[str]) -> None:
