@@ -292,7 +292,9 @@ def _get(model: nn.Module, name: str) -> Tensor:
 
 
 def _forget(model: nn.Module, names: list[str]) -> None:
-    """Parameters back to the meta device one by one, ties kept (their modules may hold small ones that stay)."""
+    """Parameters back to the meta device one by one, ties kept (their modules may hold small ones that
+    stay).
+    """
     for name in names:
         owner, _, leaf = name.rpartition(".")
         param = model.get_submodule(owner)._parameters.get(leaf)

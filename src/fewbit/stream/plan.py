@@ -34,8 +34,8 @@ from fewbit.stream.data import Calibration
 class PlannedLayer:
     """One linear layer and what the recipe does with it.
 
-    module: name in the model; name: name in the checkpoint; block: index of its block; shape: (out, in); kind:
-    class of the module, "Linear" or "Conv1D".
+    module: name in the model; name: name in the checkpoint; block: index of its block; shape: (out, in);
+    kind: class of the module, "Linear" or "Conv1D".
     """
 
     module: str
@@ -310,7 +310,7 @@ def _seconds(blocks, layers, calibration, device) -> float:
         flops += sum(
             tokens * w * w for b in range(len(blocks)) for w in {x.shape[1] for x in layers if x.block == b}
         )
-    a = torch.randn(512, 512, device=device)
+    a = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)).to(device)
     start, runs = time.perf_counter(), 0
     while time.perf_counter() - start < 0.03:
         (a @ a)[0, 0].item()

@@ -6,7 +6,6 @@ plan -> calibration tokens -> job folder -> loop (block by block, to disk) -> sh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from fewbit.format.codec import to_plain
 from fewbit.io import compressed_tensors, native
 from fewbit.io.source import open_source
 from fewbit.recipe import Recipe
-from fewbit.stream.data import Calibration, sample_tokens
+from fewbit.stream.data import Calibration, sample_tokens, token_hash
 from fewbit.stream.job import MANIFEST, RECIPE, Job, write_text
 from fewbit.stream.loop import Loop, Rounded
+from fewbit.stream.memory import return_freed_arrays
 from fewbit.stream.plan import Plan, make_plan
 from fewbit.stream.progress import LayerRow, Progress
 from fewbit.stream.verify import verify
@@ -77,6 +77,7 @@ def quantize(
     cannot work, before anything is written; the output folder appears only when it is complete and verified.
     """
     start = time.perf_counter()
+    return_freed_arrays()
     progress = progress or Progress()
     output = Path(output)
     source = open_source(model)
@@ -126,7 +127,7 @@ def _key(plan: Plan, tokens: Tensor | None) -> dict:
             "samples": plan.calibration.samples,
             "seqlen": plan.calibration.seqlen,
             "seed": plan.calibration.seed,
-            "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            "tokens_sha256": token_hash(tokens),
         }
     return {
         "source": plan.source.fingerprint(),
