@@ -62,10 +62,11 @@ def test_every_architecture_quantizes_saves_reloads_and_stays_close(arch, tmp_pa
 def test_gptq_beats_rounding_on_every_layer_of_the_same_grid(llama, tmp_path):
     errors = {}
     for name, solver in {"rtn": Rtn(), "gptq": Ldlq()}.items():
-        fmt = gptq(bits=3, group_size=32).rules[0].weight  # its range rule asks for the same statistics in
-        both recipe = Recipe(name=name, rules=(Rule(weight=fmt, solver=solver),)) result =
-        fewbit.quantize(llama, recipe, output=tmp_path / name, calibration=FEW) errors[name] = {row.layer:
-        row.error for row in result.rows}
+        # the range rule asks for the same statistics in both
+        fmt = gptq(bits=3, group_size=32).rules[0].weight
+        recipe = Recipe(name=name, rules=(Rule(weight=fmt, solver=solver),))
+        result = fewbit.quantize(llama, recipe, output=tmp_path / name, calibration=FEW)
+        errors[name] = {row.layer: row.error for row in result.rows}
     assert errors["gptq"].keys() == errors["rtn"].keys()
     assert sum(errors["gptq"].values()) < 0.8 * sum(errors["rtn"].values())
 
@@ -73,7 +74,9 @@ def test_gptq_beats_rounding_on_every_layer_of_the_same_grid(llama, tmp_path):
 def test_suspension_at_blocks_gathers_the_same_first_groups(llama, tmp_path):
     by_depth = {}
     for depth in ("linear", "block"):
-        result = fewbit.quantize(llama, gptq(group_size=32), output=tmp_path / depth, calibration=FEW, depth=depth)
+        result = fewbit.quantize(
+            llama, gptq(group_size=32), output=tmp_path / depth, calibration=FEW, depth=depth
+        )
         assert result.plan.depth == depth
         assert result.difference == 0
         by_depth[depth] = {row.layer: row.error for row in result.rows}
@@ -148,7 +151,8 @@ def test_rules_choose_formats_by_name_and_leave_the_rest(llama, tmp_path):
 
 
 def test_a_solver_goes_onto_any_grid(llama, tmp_path):
-    for i, settings in enumerate(({"grid": "nf4"}, {"grid": "e2m1", "scale": "e8m0"}, {"grid": "e2m1", "scale": "e4m3"})):
+    others = ({"grid": "nf4"}, {"grid": "e2m1", "scale": "e8m0"}, {"grid": "e2m1", "scale": "e4m3"})
+    for i, settings in enumerate(others):
         result = fewbit.quantize(
             llama, gptq(group_size=32, range="absmax", **settings), output=tmp_path / str(i), calibration=FEW
         )

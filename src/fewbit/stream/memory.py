@@ -16,7 +16,7 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def return_freed_arrays() -> None:
-    """Fix malloc's mmap threshold at 1 MiB for this process; does nothing where the C library is not glibc."""
+    """Fix malloc's mmap threshold at 1 MiB for this process; does nothing without glibc."""
     if not sys.platform.startswith("linux"):
         return
     try:
