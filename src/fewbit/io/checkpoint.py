@@ -1,9 +1,9 @@
 """A quantized checkpoint as a Source, and the safe way to write its shards.
 
 ``Checkpoint`` presents the original names: ``tensors()`` lists ``X.weight`` with the shape it had before, and
-``read`` dequantizes it. Whatever consumes a Source (evaluation, verification, quantizing once more) so consumes a
-checkpoint, and what wants the codes asks ``read_qtensor``. Two layouts are read, told apart by ``quant_method`` in
-config.json: fewbit's own (``fewbit.io.native``) and compressed-tensors.
+``read`` dequantizes it. Whatever consumes a Source (evaluation, verification, quantizing once more) so
+consumes a checkpoint, and what wants the codes asks ``read_qtensor``. Two layouts are read, told apart by
+``quant_method`` in config.json: fewbit's own (``fewbit.io.native``) and compressed-tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CODECS = {native.QUANT_METHOD: native, compressed_tensors.QUANT_METHOD: compress
 
 
 def open_folder(folder: Path, name: str) -> SafetensorsSource:
-    """The source of a folder: a ``Checkpoint`` where config.json says that it is quantized, else the plain one.
+    """The source of a folder: a ``Checkpoint`` where config.json says it is quantized, else the plain one.
 
     Raises ``InputError`` for a quantization method that is not read.
     """
@@ -51,14 +51,14 @@ class Checkpoint(SafetensorsSource):
     """
 
     def __init__(self, folder: Path, name: str):
-        """Reads headers and shapes only. Raises ``InputError`` for a layout that is not read or is incomplete."""
+        """Reads headers and shapes only. Raises ``InputError`` for an unknown layout or a missing tensor."""
         super().__init__(folder, name)
         self.quantization_config = _quantization_config(folder)
         method = self.quantization_config.get("quant_method")
         if method not in CODECS:
             raise InputError(
-                f"{name} is quantized with {method!r}, which is not read; read are {' and '.join(CODECS)} checkpoints "
-                "and unquantized models"
+                f"{name} is quantized with {method!r}, which is not read; give the unquantized model, or a "
+                f"checkpoint of {' or '.join(CODECS)}"
             )
         self._codec = CODECS[method]
         self.entries: dict[str, Entry] = (
@@ -79,7 +79,7 @@ class Checkpoint(SafetensorsSource):
         return bits / sum(n.values())
 
     def read_qtensor(self, module: str) -> QTensor:
-        """The quantized weight [out, in] of ``module``, on the CPU. KeyError for one that is not quantized."""
+        """The quantized weight [out, in] of ``module``, on the CPU. KeyError where there is none."""
         entry = self.entries[module]
         return self._codec.from_dict(module, super().read(self._parts[module]), entry.format, entry.shape)
 
@@ -115,7 +115,7 @@ class Checkpoint(SafetensorsSource):
             out[name] = weight.T.contiguous() if self.entries[module].transposed else weight
         return out
 
-    # -- the two layouts ----------------------------------------------------------------------------------------
+    # -- the two layouts --
 
     def _native(self) -> dict[str, Entry]:
         return native.entries_from_config(self.quantization_config)

@@ -2,8 +2,8 @@
 
 A quantized module X holds, instead of ``X.weight``,
 
-    X.codes   uint8 [..., ceil(in * b / 8)]   unsigned fields of b bits, least significant first, one stream per row
-    X.scale   the steps in their own dtype, or where a step is itself quantized X.scale_codes, X.scale_scale, ...
+    X.codes   uint8 [..., ceil(in * b / 8)]  unsigned fields of b bits, least significant first, row by row
+    X.scale   the steps in their own dtype; where a step is itself quantized X.scale_codes, X.scale_scale, ...
     X.zero    integer zeros packed like codes along the last axis; float zeros and offsets in their own dtype
 
 and config.json says once which Formats there are and which module has which:
@@ -11,8 +11,9 @@ and config.json says once which Formats there are and which module has which:
     "quantization_config": {"quant_method": "fewbit", "version": 1, "formats": [{"type": "Format", ...}],
                             "modules": {"model.layers.0.mlp.up_proj": {"format": 0, "shape": [1536, 576]}}}
 
-The shape is [out, in]; ``"transposed": true`` marks a module whose original weight is stored [in, out] (GPT-2's
-Conv1D). So a file holds exactly ``QTensor.bits_per_weight``, apart from rows that do not end on a byte.
+The shape is [out, in]; ``"transposed": true`` marks a module whose original weight is stored [in, out]
+(GPT-2's Conv1D). So a file holds exactly ``QTensor.bits_per_weight``, apart from rows that do not end on a
+byte.
 
 Road not taken: a file per engine's kernel layout. Kernels repack when they load; files stay canonical.
 """
@@ -41,14 +42,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What the configuration says of one quantized module: its Format, shape [out, in], and original layout."""
+    """What the configuration says of a quantized module: its Format, shape [out, in], original layout."""
 
     format: Format
     shape: Shape
     transposed: bool = False
 
 
-# -- tensors ----------------------------------------------------------------------------------------------------
+# -- tensors --
 
 
 def to_dict(module: str, q: QTensor) -> dict[str, Tensor]:
@@ -59,7 +60,7 @@ def to_dict(module: str, q: QTensor) -> dict[str, Tensor]:
 def from_dict(module: str, tensors: Mapping[str, Tensor], format: Format, shape: Shape) -> QTensor:
     """Inverse of ``to_dict``; other tensors in the mapping are left alone.
 
-    Raises ``InputError`` for a tensor that is missing or has not the shape and dtype that the Format asks for.
+    Raises ``InputError`` for a tensor that is missing or not of the shape and dtype that the Format has.
     """
     got = {}
     for name, (stored, dtype) in layout(format, shape).items():
@@ -70,8 +71,9 @@ def from_dict(module: str, tensors: Mapping[str, Tensor], format: Format, shape:
             )
         if tuple(tensor.shape) != stored or tensor.dtype != dtype:
             raise InputError(
-                f"tensor {module}.{name} is {_say(tensor.shape, tensor.dtype)}, but a weight of shape {list(shape)} "
-                f"in {format} has {_say(stored, dtype)} there; the configuration and the file do not belong together"
+                f"tensor {module}.{name} is {_say(tensor.shape, tensor.dtype)}, but a weight of shape "
+                f"{list(shape)} in {format} has {_say(stored, dtype)} there; configuration and file do not "
+                "belong together"
             )
         got[name] = tensor
     return _unpack_all(got, format, torch.Size(shape), "")
@@ -83,7 +85,7 @@ def names(module: str, format: Format, shape: Shape) -> list[str]:
 
 
 def layout(format: Format, shape: Shape, prefix: str = "") -> dict[str, tuple[Shape, torch.dtype]]:
-    """Name (without the module) -> shape and dtype of every stored tensor of a weight of ``shape``; no data needed."""
+    """Name (without the module) -> shape and dtype of every stored tensor of a weight of ``shape``."""
     out = {f"{prefix}codes": (_packed_shape(_codes_shape(format, shape), format.grid.bits), torch.uint8)}
     if format.scale is None:
         return out
@@ -152,7 +154,7 @@ def _say(shape: Shape, dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')} of shape {list(shape)}"
 
 
-# -- configuration ----------------------------------------------------------------------------------------------
+# -- configuration --
 
 
 def quantization_config(entries: Mapping[str, Entry]) -> dict:
@@ -168,11 +170,11 @@ def quantization_config(entries: Mapping[str, Entry]) -> dict:
 
 
 def entries_from_config(config: Mapping) -> dict[str, Entry]:
-    """Inverse of ``quantization_config``. Raises ``InputError`` for a newer version or a broken configuration."""
+    """Inverse of ``quantization_config``. Raises ``InputError`` for another version or a broken one."""
     if config.get("version") != VERSION:
         raise InputError(
-            f"this checkpoint has version {config.get('version')!r} of fewbit's layout and this release reads version "
-            f"{VERSION}; update fewbit"
+            f"this checkpoint has version {config.get('version')!r} of fewbit's layout and this release "
+            f"reads version {VERSION}; update fewbit"
         )
     try:
         formats = [from_plain(f) for f in config["formats"]]
@@ -184,6 +186,6 @@ def entries_from_config(config: Mapping) -> dict[str, Entry]:
         }
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(
-            f"the quantization_config of this checkpoint is broken ({type(error).__name__}: {error}); expected "
-            "'formats' and 'modules' as fewbit writes them"
+            f"the quantization_config of this checkpoint is broken ({type(error).__name__}: {error}); "
+            "expected 'formats' and 'modules' as fewbit writes them"
         ) from None

@@ -1,6 +1,6 @@
 """Which implementation of an operation runs: the first of a tuple that supports the case.
 
-Every operation has one eager reference that supports everything and stands last, so there is always an answer.
+Every operation has one eager reference that supports everything and stands last: there is always an answer.
 Road not taken: a dispatcher that registers implementations at import; a tuple can be read.
 """
 

@@ -1,4 +1,4 @@
-"""QLinear: a linear layer whose weight is a QTensor. A thin shell: buffers, and one call to ``kernel.linear``.
+"""QLinear: a linear layer whose weight is a QTensor. A thin shell: buffers, and one call to the kernel.
 
     y = x W^T + b        W [out, in] decoded from codes, scale and zero; computed in x's dtype
 
@@ -26,7 +26,7 @@ class QLinear(nn.Module):
     """``in_features`` -> ``out_features`` with a quantized weight [out, in] and an optional bias [out]."""
 
     def __init__(self, qweight: QTensor, bias: Tensor | None = None):
-        """The tensors are taken as they are, not copied; a bias that is a Parameter stays the same Parameter."""
+        """The tensors are taken as they are, not copied; a bias that is a Parameter stays that Parameter."""
         super().__init__()
         self.format, self.shape = qweight.format, torch.Size(qweight.shape)
         self.out_features, self.in_features = self.shape
