@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,6 +69,43 @@ def test_tensors_own_their_memory(tmp_path):
     maps = Path("/proc/self/maps")
     if maps.exists():  # Linux
         assert str(path) not in maps.read_text()
+
+
+WALK = """
+import sys
+from pathlib import Path
+from fewbit.io.source import SafetensorsSource
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+source, seen = SafetensorsSource(Path(sys.argv[1]), "m"), []
+for i in range(16):
+    tensors = source.read([n for n in source.tensors() if n.startswith(f"{i}.")])
+    block = {}
+    for name in list(tensors):
+        block[name] = tensors.pop(name).float()
+    del block
+    source.release()
+    seen.append(resident())
+print(max(seen[1:]) - seen[0])
+"""
+
+
+def test_resident_memory_does_not_grow_with_the_file(tmp_path):
+    """Block by block through a file: after each release the process is as large as after the first."""
+    if not Path("/proc/self/statm").exists():  # only Linux tells a process its size this way
+        return
+    shapes = [*[(192, 576)] * 2, *[(576, 576)] * 2, *[(1536, 576)] * 2, (576, 1536), (576,), (576,)]
+    tensors = {
+        f"{i}.{j}": torch.ones(s, dtype=torch.bfloat16) for i in range(16) for j, s in enumerate(shapes)
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    run = subprocess.run(
+        [sys.executable, "-c", WALK, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert int(run.stdout) < size / 16
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -1,11 +1,11 @@
 """GGUF files as a source: dequantized to float32, under the names that Hugging Face checkpoints use.
 
-Each ``read`` takes the bytes of the wanted tensors from the file and decodes them with ``gguf.quants``. Files of
-architecture llama hold the rows of the q and k projections interleaved, for llama.cpp's rotary kernel;
+Each ``read`` takes the bytes of the wanted tensors from the file and decodes them with ``gguf.quants``. Files
+of architecture llama hold the rows of the q and k projections interleaved, for llama.cpp's rotary kernel;
 ``unpermute`` puts them back. The configuration and the tokenizer come from the metadata.
 
-Road not taken: transformers' own GGUF loader. It takes over 30 s for a model of 135 million weights, where this
-takes 3 s, and it needs the whole model at once.
+Road not taken: transformers' own GGUF loader, over 30 s for a model of 135 million weights (here 3 s), all of
+which are in memory together.
 """
 
 import re
