@@ -1,9 +1,11 @@
 """The command line, called in this process through its entry point, on a tiny model."""
 
+import json
 import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 from tiny import save_tiny
 
 from fewbit.cli import main
@@ -17,6 +19,23 @@ class Ran:
     out: str
     err: str
 
+    @property
+    def json(self) -> dict:
+        """The one object on standard output."""
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny matrices lose more to waking threads than they win."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
+
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
@@ -24,6 +43,18 @@ def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "llama"
     save_tiny("llama", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(llama, tmp_path_factory):
+    """A checkpoint of it that this command line wrote: W4A16, groups of 32."""
+    out = tmp_path_factory.mktemp("checkpoints") / "w4a16"
+    words = ("quantize", str(llama), "-r", "gptq", "--group-size", "32", "--samples", "4", "--seqlen", "32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fewbit", *words, "-o", str(out)])
+        with pytest.raises(SystemExit):
+            main.run()
+    return out
 
 
 @pytest.fixture
