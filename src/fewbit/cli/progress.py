@@ -139,6 +139,7 @@ class Live(Lines):
         self._rows.clear()
         self._running = done < total
         self._bar.update(self._task, completed=done, total=total, count=f"block {done}/{total}")
+        self._screen.refresh()
 
     def __exit__(self, *_: object) -> None:
         self._screen.stop()
