@@ -26,9 +26,11 @@ def row_bytes(columns: int, bits: int, word: int = 1) -> int:
 
 
 def pack(fields: Tensor, bits: int, word: int = 1) -> Tensor:
-    """Unsigned fields [..., n] (any integer dtype, 0 <= u < 2**bits) -> uint8 [..., row_bytes(n, bits,
-    word)].
+    """Fields [..., n] (any integer dtype, 0 <= u < 2**bits) -> uint8 [..., row_bytes(n, bits, word)].
+
+    Contiguous, whatever the input's strides, so that words can be viewed as int32.
     """
+    fields = fields.contiguous()
     n = fields.shape[-1]
     length = row_bytes(n, bits, word)
     if 8 % bits == 0 and n * bits % 8 == 0:
@@ -46,8 +48,8 @@ def pack(fields: Tensor, bits: int, word: int = 1) -> Tensor:
             out[..., byte] |= u[..., i] << shift  # bits beyond the byte fall off
             if shift + bits > 8:
                 out[..., byte + 1] |= u[..., i] >> (8 - shift)
-        out = out.flatten(-2)
-        return out[..., :length] if out.shape[-1] > length else _fill(out, length)
+        out = out.flatten(-2)[..., :length].contiguous()
+        return _fill(out, length)
     if bits % 8 == 0:
         whole = fields.to(torch.int64)
         parts = [((whole >> (8 * i)) & 255).to(torch.uint8) for i in range(bits // 8)]

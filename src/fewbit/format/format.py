@@ -96,7 +96,8 @@ class Format:
         if self.scale is None:
             return Params(scale=None, zero=None)
         self.block.check(x.shape)
-        if not torch.isfinite(x).all():
+        # the sum tells at a fifth of the price
+        if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
             bad = int((~torch.isfinite(x)).sum())
             raise InputError(
                 f"tensor of shape {list(x.shape)} holds {bad} NaN or Inf values; nothing can be fitted"

@@ -87,6 +87,8 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise ``InputError`` with the name and the count when ``tensor`` holds NaN or infinite values."""
     if not tensor.is_floating_point():
         return
+    if torch.isfinite(tensor.sum(dtype=torch.float32)):  # the sum tells at a fifth of the price
+        return
     bad = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
     if bad:
         raise InputError(

@@ -42,6 +42,13 @@ def add_gram(gram: Tensor, x: Tensor) -> Tensor:
 
 
 def full(gram: Tensor) -> Tensor:
-    """The symmetric matrix whose upper triangle ``gram`` holds."""
-    upper = gram.triu()
-    return upper + upper.t() - torch.diag(upper.diagonal())
+    """The symmetric matrix whose upper triangle ``gram`` holds; fills the lower one in place and returns
+    it.
+    """
+    n, tile = len(gram), 256
+    for i in range(0, n, tile):  # by tiles: one transposed pass over all would miss the cache at every line
+        j = min(i + tile, n)
+        own = gram[i:j, i:j].triu()
+        gram[i:j, i:j] = own + own.triu(1).t()
+        gram[j:, i:j] = gram[i:j, j:].t()
+    return gram

@@ -94,7 +94,7 @@ def ldlq(w: Tensor, h: Tensor, fmt: Format, how: Ldlq) -> QTensor:
     if how.act_order:  # whole vectors of `width` columns move together
         order = diagonal.unflatten(0, (-1, width)).sum(-1).argsort(descending=True, stable=True)
         order = (order[:, None] * width + torch.arange(width, device=w.device)).flatten()
-    m = unit_factor(h[order][:, order].to(w.dtype), how.damp, width)
+    m = unit_factor(h.index_select(0, order).index_select(1, order).to(w.dtype), how.damp, width)
 
     w_t = w.t()[order].contiguous()
     e_t = torch.empty_like(w_t)
@@ -140,7 +140,7 @@ def unit_factor(h: Tensor, damp: float, width: int = 1) -> Tensor:
     is tried in float64, then with ten times the damping until it succeeds, each raise reported.
     """
     n = len(h)
-    if not torch.isfinite(h).all():
+    if not torch.isfinite(h.sum()):
         raise InputError(
             "the Gram matrix of a layer holds NaN or Inf: the model overflows on the calibration text; "
             "calibrate in float32 and check the weights"
