@@ -78,7 +78,9 @@ def save_quantized(arch: str, folder: Path, formats, layout=native, dtype: torch
 
     formats: one Format, or a function of the module's name; layout: ``native`` or ``compressed_tensors``.
     """
-    model = save_tiny(arch, folder).to(dtype)
+    model = save_tiny(arch, folder)
+    for parameter in model.parameters():  # not model.to(): rotary tables stay float32, as loading keeps them
+        parameter.data = parameter.data.to(dtype)
     plain = folder / "model.safetensors"
     tensors = {name: t.to(dtype) for name, t in load_file(plain).items()}
     plain.unlink()

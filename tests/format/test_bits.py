@@ -65,3 +65,12 @@ def test_leading_axes_are_kept_and_the_input_is_not_changed():
         assert packed.shape[:2] == (2, 3)
         assert torch.equal(unpack(packed, bits, 16).long(), u)
         assert torch.equal(u, before)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_transposed_input_packs_like_its_copy_and_words_can_be_viewed(bits):
+    u = fields(bits, (33, 5)).T
+    packed = pack(u, bits, word=4)
+    assert torch.equal(packed, pack(u.clone(memory_format=torch.contiguous_format), bits, word=4))
+    assert packed.view(torch.int32).shape[0] == 5
+    assert pack(fields(bits, (1, 5)), bits, word=4).view(torch.int32).shape[0] == 1

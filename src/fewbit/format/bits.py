@@ -48,8 +48,9 @@ def pack(fields: Tensor, bits: int, word: int = 1) -> Tensor:
             out[..., byte] |= u[..., i] << shift  # bits beyond the byte fall off
             if shift + bits > 8:
                 out[..., byte + 1] |= u[..., i] >> (8 - shift)
-        out = out.flatten(-2)[..., :length].contiguous()
-        return _fill(out, length)
+        out = out.flatten(-2)[..., :length]
+        # A row of a longer row keeps the longer stride, even where torch calls it contiguous.
+        return _fill(out.clone(memory_format=torch.contiguous_format), length)
     if bits % 8 == 0:
         whole = fields.to(torch.int64)
         parts = [((whole >> (8 * i)) & 255).to(torch.uint8) for i in range(bits // 8)]

@@ -74,6 +74,11 @@ def caveats(formats: Mapping[str, Format], dtype: torch.dtype) -> list[str]:
         out.append(
             f"transformers and vLLM round the {others} scales to the model's {model}; use {model} scales"
         )
+    if any(f.zero is not Zero.NONE for f in distinct):
+        if len({json.dumps(_scheme(f)) for f in distinct}) > 1:
+            out.append("transformers 5.23 cannot load several formats when one of them is asymmetric")
+        elif dtype == torch.float32 and steps:
+            out.append("transformers 5.23 rounds the decoded asymmetric weights to the dtype of their scales")
     if any(f.grid.bits == 1 for f in distinct):
         out.append("vLLM reads 2 to 8 bits, not 1")
     blocks = {f.block for f in distinct if type(f.block) is Block2d}
@@ -116,6 +121,7 @@ def quantization_config(formats: Mapping[str, Format], ignore: Collection[str]) 
             "output_activations": None,
         }
     layouts = {group["format"] for group in groups.values()}
+    asymmetric = any(format.zero is not Zero.NONE for format in formats.values())
     return {
         "quant_method": QUANT_METHOD,
         "format": layouts.pop() if len(layouts) == 1 else MIXED,
@@ -125,6 +131,8 @@ def quantization_config(formats: Mapping[str, Format], ignore: Collection[str]) 
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": VERSION,
+        # transformers 5.23 loads packed zero points only when it decodes while loading; others ignore this.
+        **({"dequantize": True} if asymmetric else {}),
     }
 
 
