@@ -37,13 +37,14 @@ class _Hook(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path=None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _TABLE:
             return None
-        sys.meta_path.remove(self)
-        spec = next(filter(None, (f.find_spec(name, path, target) for f in list(sys.meta_path))), None)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (f.find_spec(name, path, target) for f in others)), None)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 run(module)
+                sys.meta_path.remove(self)
                 _add(module)
 
             spec.loader.exec_module = exec_module
