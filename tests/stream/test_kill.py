@@ -14,7 +14,7 @@ KILLS = 5
 
 def command(model, out):
     code = "from fewbit.cli.main import run; run()"
-    settings = "--bits 4 --group-size 32 --samples 48 --seqlen 120".split()
+    settings = ["--bits", "4", "--group-size", "32", "--samples", "48", "--seqlen", "120"]
     return [sys.executable, "-c", code, "quantize", str(model), "-r", "gptq", *settings, "-o", str(out)]
 
 

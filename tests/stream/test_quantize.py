@@ -180,15 +180,16 @@ def test_the_global_generator_is_never_touched(llama, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_nan_in_a_shard_is_named_and_nothing_is_written(llama, tmp_path):
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_nan_in_a_shard_is_named_and_nothing_is_left(llama, tmp_path, name):
     shutil.copytree(llama, tmp_path / "bad")
     path = tmp_path / "bad" / "model.safetensors"
     tensors = load_file(path)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    tensors[name][3, 3] = float("nan")
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight holds 1 "):
+    with pytest.raises(InputError, match=f"{name} holds 1 "):
         fewbit.quantize(tmp_path / "bad", rtn(group_size=32), output=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["bad"]
 
 
 def test_a_rule_that_matches_nothing_is_refused_before_any_work(llama, tmp_path):

@@ -115,7 +115,8 @@ class Group(Block):
     def check(self, shape, what="tensor"):
         n = shape[-1]
         if n % self.size:
-            fits = [g for g in (256, 192, 128, 96, 64, 48, 32, 16, 8) if g < self.size and n % g == 0]
+            # powers of two first: kernels take nothing else
+            fits = [g for g in (128, 64, 32, 16, 96, 48, 8) if g < self.size and n % g == 0]
             hint = f"use --group-size {fits[0]}" if fits else "use -1 (one scale per row)"
             raise InputError(
                 f"group size {self.size} does not divide the {n} input columns of {what}; {hint} or exclude "

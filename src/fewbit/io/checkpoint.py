@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewbit.errors import InputError
+from fewbit.errors import InputError, WriteError
 from fewbit.format.format import Format
 from fewbit.format.qtensor import QTensor
 from fewbit.io import compressed_tensors, native
@@ -176,7 +176,7 @@ def save_tensors(
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
+        raise WriteError(
             f"{path} cannot be written ({reason}); free disk space or choose another output folder"
         ) from error
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from fewbit.errors import InputError
+from fewbit.errors import InputError, WriteError
 from fewbit.io.checkpoint import save_tensors
 from fewbit.stream.progress import LayerRow
 
@@ -69,7 +69,12 @@ class Job:
                 f"{self.part} holds something that is no interrupted run; remove it or choose another -o"
             )
         else:
-            self.part.mkdir(parents=True, exist_ok=True)
+            try:
+                self.part.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise WriteError(
+                    f"cannot make the folder {self.part}: {error.strerror}; choose another -o"
+                ) from None
             write_text(note, json.dumps(self.key, indent=1, sort_keys=True))
         for stray in self.part.glob("*.tmp*"):  # a kill in mid-write
             stray.unlink()
@@ -128,6 +133,10 @@ class Job:
             )
             write_text(self.ready / "model.safetensors.index.json", text)
 
+    def discard(self) -> None:
+        """Remove the work folder: nothing in it can be used again."""
+        shutil.rmtree(self.part, ignore_errors=True)
+
     def commit(self) -> None:
         """Make the finished checkpoint appear under its name, and remove the work folder."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +155,7 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise InputError(
+        raise WriteError(
             f"cannot write {path}: {error.strerror}; free some space or choose another -o"
         ) from None
 

@@ -70,7 +70,6 @@ class Loop:
     progress: Progress
     rows: list[LayerRow] = field(default_factory=list)
     resumed: int = 0
-    outer: dict[str, Tensor] = field(default_factory=dict)
     witness: Tensor | None = None
 
     @torch.no_grad()
@@ -82,6 +81,7 @@ class Loop:
         inside = tuple(n + "." for n in self.blocks.names)
         outside = [n for n in self.mapping if not n.startswith(inside)]
         materialize(self.model, outside, self.stored, self.mapping, device, self.dtype)
+        self._check(outside)
         vocabulary = self.model.get_input_embeddings().num_embeddings
         self.witness = (
             tokens[:1, :64] if tokens is not None else (torch.arange(1, 33) * 7919 % vocabulary)[None]
@@ -132,8 +132,7 @@ class Loop:
         device = self.plan.device
         materialize(self.model, full_precision, self.plan.source, self.mapping, device, self.dtype)
         materialize(self.model, as_stored, self.stored, self.mapping, device, self.dtype)
-        for n in names:
-            check_finite(self.mapping[n], _get(self.model, n))
+        self._check(names)
         out: dict[str, QTensor] = {}
         if self.job.finished(i):
             tensors, rows = self.job.load(i)
@@ -161,6 +160,11 @@ class Loop:
         self.rows += rows
         self.plan.source.release()
         self.progress.block(i + 1, len(self.blocks), self.job.finished(i) and not out)
+
+    def _check(self, names: list[str]) -> None:
+        """Raise ``InputError`` for a stored tensor with NaN or Inf."""
+        for n in names:
+            check_finite(self.mapping[n], _get(self.model, n))
 
     def _at_linears(self, block, groups, guide, flows, out, rows) -> None:
         """Suspend at each group in turn: its inputs come through the layers solved before it."""

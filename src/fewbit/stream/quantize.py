@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewbit.errors import InputError, WriteError
 from fewbit.format.codec import to_plain
 from fewbit.io import compressed_tensors, native
 from fewbit.io.source import open_source
@@ -101,17 +102,27 @@ def quantize(
             finished_before=True,
         )
     loop = Loop(plan=plan, model=skeleton, blocks=blocks, mapping=mapping, job=job, progress=progress)
-    logits = loop.run(tokens)
-    progress.phase("writing the checkpoint")
-    _write(plan, job, loop, len(blocks))
-    progress.phase("reading it back")
-    difference = verify(job.ready, loop.witness, logits, device)
-    _write_manifest(plan, job, loop.rows, difference)
+    try:
+        logits = loop.run(tokens)
+        progress.phase("writing the checkpoint")
+        _write(plan, job, loop, len(blocks))
+        progress.phase("reading it back")
+        difference = verify(job.ready, loop.witness, logits, device)
+        _write_manifest(plan, job, loop.rows, difference)
+    except WriteError:
+        raise  # finished blocks stay: the same command goes on from them
+    except InputError:
+        job.discard()  # the same command would fail again
+        raise
     job.commit()
     return Result(
-        output=output, plan=plan, rows=tuple(loop.rows), difference=difference, resumed_blocks=loop.resumed,
+        output=output,
+        plan=plan,
+        rows=tuple(loop.rows),
+        difference=difference,
+        resumed_blocks=loop.resumed,
         seconds=time.perf_counter() - start,
-    )  # fmt: skip
+    )
 
 
 def _key(plan: Plan, tokens: Tensor | None) -> dict:
