@@ -19,6 +19,7 @@ def test_eval_json(fewbit, llama, checkpoint):
     assert 0.5 < found["top1"] < 1
     plain = fewbit("eval", llama, *window, "--json").json
     assert plain["bits_per_weight"] == 32
+    assert plain["parameters"] == found["parameters"] > 80_000
     assert plain["kl"] is None
     assert plain["perplexity"] == pytest.approx(found["perplexity"], rel=0.1)
     same = fewbit("eval", llama, *window, "--against", llama, "--json").json

@@ -60,7 +60,7 @@ def evaluate(
     options.quiet(verbose)
     from fewbit.cli.progress import Windows
     from fewbit.cli.show import print_json
-    from fewbit.cli.size import bits_per_weight, size_bytes
+    from fewbit.cli.size import bits_per_weight, parameters, size_bytes
     from fewbit.evaluate import Protocol
     from fewbit.evaluate import evaluate as run
     from fewbit.evaluate import windows as cut
@@ -85,6 +85,7 @@ def evaluate(
         "against": against,
         "bits_per_weight": bits_per_weight(source),
         "size_bytes": size_bytes(source),
+        "parameters": parameters(source),
         "device": where,
         "dtype": str(getattr(subject, "dtype", kind)).removeprefix("torch."),
     }

@@ -118,11 +118,15 @@ Dtype = Annotated[
 
 
 def quiet(verbose: bool) -> None:
-    """Keep other libraries' warnings and bars off the terminal; call it before they are imported."""
+    """Keep other libraries' warnings and bars off the streams; call it before they are imported.
+
+    The bar of a download stays where somebody can see it: minutes of silence would look like a hang.
+    """
     if verbose:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.simplefilter("ignore")

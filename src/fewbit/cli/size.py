@@ -15,6 +15,11 @@ def size_bytes(source: Source) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def parameters(source: Source) -> int:
+    """Elements of all tensors of ``source``, as they were before quantization."""
+    return sum(math.prod(info.shape) for info in source.tensors().values())
+
+
 def bits_per_weight(source: Source) -> float:
     """Mean stored bits of a weight.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from collections import Counter
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from fewbit.cli.show import duration, facts, percent, size, some, table
-from fewbit.cli.size import size_bytes
+from fewbit.cli.size import parameters, size_bytes
 from fewbit.stream.plan import Plan
 from fewbit.stream.quantize import Result
 
@@ -66,8 +65,7 @@ def _before(plan: Plan) -> str:
     stored = size(size_bytes(plan.source))
     if not hasattr(plan.source, "container"):
         return stored
-    infos = plan.source.tensors().values()
-    plain = sum(math.prod(info.shape) for info in infos) * plan.source.dtype.itemsize
+    plain = parameters(plan.source) * plan.source.dtype.itemsize
     name = str(plan.source.dtype).removeprefix("torch.")
     return f"{size(plain)} in {name} (as quantized GGUF {stored})"
 
