@@ -24,7 +24,8 @@ def test_the_time_left_counts_solved_blocks_alone():
 
 def test_a_terminal_gets_a_bar_and_the_streams_stay_apart(fewbit, llama, monkeypatch, capsys):
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: self is sys.stderr)
+    stderr = sys.stderr
+    monkeypatch.setattr(type(stderr), "isatty", lambda self: self is stderr)
     ran = fewbit("quantize", llama, "-r", "rtn", "--group-size", 32, "--json", "-o", "out")
     assert ran.json["reload_difference"] < 1e-3
     assert "block 2/2" in ran.err

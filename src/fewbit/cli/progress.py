@@ -115,7 +115,11 @@ class Live(Lines):
 
         self._running = False
         self._screen = Screen(
-            get_renderable=draw, console=console(sys.stderr), transient=True, refresh_per_second=4
+            get_renderable=draw,
+            console=console(sys.stderr),
+            transient=True,
+            refresh_per_second=4,
+            redirect_stdout=False,
         )
 
     def start(self, plan: Plan) -> None:
