@@ -73,10 +73,13 @@ def linears_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m is not head}
 
 
-def save_quantized(arch: str, folder: Path, formats, layout=native, dtype: torch.dtype = torch.float32):
+def save_quantized(
+    arch: str, folder: Path, formats, layout=native, dtype: torch.dtype = torch.float32, prefix: str = ""
+):
     """Save the tiny model of ``arch`` quantized; return the same model with dequantized weights in ``dtype``.
 
-    formats: one Format, or a function of the module's name; layout: ``native`` or ``compressed_tensors``.
+    formats: one Format, or a function of the module's name; layout: ``native`` or ``compressed_tensors``;
+    prefix: cut off every stored name, as in hub files of a bare base model.
     """
     model = save_tiny(arch, folder)
     for parameter in model.parameters():  # not model.to(): rotary tables stay float32, as loading keeps them
@@ -84,6 +87,7 @@ def save_quantized(arch: str, folder: Path, formats, layout=native, dtype: torch
     plain = folder / "model.safetensors"
     tensors = {name: t.to(dtype) for name, t in load_file(plain).items()}
     plain.unlink()
+    tensors = {name.removeprefix(prefix): t for name, t in tensors.items()}
     entries, linears = {}, linears_of(model)
     for name, module in linears.items():
         format = formats(name) if callable(formats) else formats
@@ -93,9 +97,10 @@ def save_quantized(arch: str, folder: Path, formats, layout=native, dtype: torch
         q = format.quantize(weight)
         decoded = q.dequantize(dtype)
         module.weight.data = decoded.T.contiguous() if transposed else decoded
-        del tensors[f"{name}.weight"]
-        tensors |= layout.to_dict(name, q)
-        entries[name] = native.Entry(format=format, shape=tuple(weight.shape), transposed=transposed)
+        stored = name.removeprefix(prefix)
+        del tensors[f"{stored}.weight"]
+        tensors |= layout.to_dict(stored, q)
+        entries[stored] = native.Entry(format=format, shape=tuple(weight.shape), transposed=transposed)
     if layout is native:
         config = native.quantization_config(entries)
     else:

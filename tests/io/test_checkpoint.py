@@ -127,20 +127,6 @@ def test_every_layout_and_nesting_loads(tmp_path):
         assert torch.equal(logits(load(tmp_path / str(i))), logits(model))
 
 
-def test_a_base_model_file_without_prefix_loads(tmp_path):
-    """Hub files of GPT-2 name ``h.0...`` what the model calls ``transformer.h.0...``."""
-    model = save_quantized("gpt2", tmp_path, int_format(4))
-    tensors = {
-        n.removeprefix("transformer."): t for n, t in load_file(tmp_path / "model.safetensors").items()
-    }
-    save_tensors(tmp_path / "model.safetensors", tensors)
-    config = json.loads((tmp_path / "config.json").read_text())
-    modules = config["quantization_config"]["modules"]
-    config["quantization_config"]["modules"] = {n.removeprefix("transformer."): m for n, m in modules.items()}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert torch.equal(logits(load(tmp_path)), logits(model))
-
-
 def test_plain_models_load_too(tmp_path):
     model = save_tiny("llama", tmp_path)
     assert torch.equal(logits(load(tmp_path)), logits(model))

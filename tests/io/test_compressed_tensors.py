@@ -269,6 +269,11 @@ def test_readers_that_would_change_something_are_named():
     assert said({"m": asymmetric}) == ""
     assert "to the dtype of their scales" in said({"m": asymmetric}, torch.float32)
     assert "several formats when one of them is asymmetric" in said({"m": asymmetric, "n": four})
+    fp8 = Format(grid=E4M3, block=Channel(), scale=FP32)  # vLLM keeps these scales in float32
+    assert (
+        said({"m": fp8})
+        == "transformers rounds the float32 scales to the model's float16; use float16 scales"
+    )
     assert "2 to 8 bits" in said({"m": int_format(1, scale=FP16)})
     assert "128 x 128" in said({"m": Format(grid=E4M3, block=Block2d(64, 64), scale=FP16)})
     assert "128" not in said({"m": Format(grid=E4M3, block=Block2d(128, 128), scale=FP16)})

@@ -82,6 +82,15 @@ def test_shards_load(tmp_path):
     assert torch.equal(logits(load(tmp_path / "b")), logits(model))
 
 
+def test_a_base_model_file_without_prefix_loads_and_saves(tmp_path):
+    model = save_quantized("gpt2", tmp_path / "a", int_format(4), prefix="transformer.")
+    assert torch.equal(logits(load(tmp_path / "a")), logits(model))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "b")
+    assert torch.equal(logits(load(tmp_path / "b")), logits(model))
+
+
 def test_a_newer_layout_and_foreign_modules_are_refused_in_words(tmp_path):
     save_quantized("llama", tmp_path / "a", int_format(4))
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "a").config.quantization_config.to_dict()

@@ -67,17 +67,18 @@ def caveats(formats: Mapping[str, Format], dtype: torch.dtype) -> list[str]:
     One sentence each; none of them concerns fewbit's own reading.
     """
     distinct, out = set(formats.values()), []
-    steps = {_steps_dtype(f) for f in distinct} - {dtype, torch.float32 if dtype == torch.float64 else dtype}
-    if steps and not (dtype == torch.float32 and steps <= {torch.float16, torch.bfloat16}):
-        others = ", ".join(sorted(str(s).removeprefix("torch.") for s in steps))
-        model = str(dtype).removeprefix("torch.")
-        out.append(
-            f"transformers and vLLM round the {others} scales to the model's {model}; use {model} scales"
+    model, exact = str(dtype).removeprefix("torch."), (dtype, torch.float16, torch.bfloat16)
+    rounded = {f for f in distinct if _steps_dtype(f) not in (exact if dtype == torch.float32 else (dtype,))}
+    if rounded:
+        others = ", ".join(sorted({str(_steps_dtype(f)).removeprefix("torch.") for f in rounded}))
+        readers = (
+            "transformers and vLLM round" if any(f.grid != E4M3 for f in rounded) else "transformers rounds"
         )
+        out.append(f"{readers} the {others} scales to the model's {model}; use {model} scales")
     if any(f.zero is not Zero.NONE for f in distinct):
         if len({json.dumps(_scheme(f)) for f in distinct}) > 1:
             out.append("transformers 5.23 cannot load several formats when one of them is asymmetric")
-        elif dtype == torch.float32 and steps:
+        elif any(_steps_dtype(f) != dtype for f in distinct - rounded):
             out.append("transformers 5.23 rounds the decoded asymmetric weights to the dtype of their scales")
     if any(f.grid.bits == 1 for f in distinct):
         out.append("vLLM reads 2 to 8 bits, not 1")

@@ -39,6 +39,9 @@ class FewbitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self.entries = _resolve(model, native.entries_from_config(self.quantization_config.to_dict()))
+        self.quantization_config = FewbitConfig(
+            **native.quantization_config(self.entries)
+        )  # names as resolved
         for name, entry in self.entries.items():
             model.set_submodule(name, _Packed(entry, model.get_submodule(name).bias))
         tied = getattr(model, "all_tied_weights_keys", {})
