@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 from fewbit.errors import InputError
+from fewbit.io import hf
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,8 @@ _PUBLIC = {
     "recipes": "fewbit.recipe",
 }
 __all__ = ["InputError", *_PUBLIC]
+
+hf.register()  # transformers reads native checkpoints from now on; transformers itself is not imported
 
 
 def __getattr__(name: str) -> Any:

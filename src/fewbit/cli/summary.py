@@ -37,6 +37,7 @@ def show_plan(plan: Plan, stream: IO[str]) -> None:
     ]
     if plan.checkpoint_reason:
         rows.append(("", f"(not compressed-tensors: {plan.checkpoint_reason})"))
+    rows += [("mind", caveat) for caveat in plan.caveats]
     if plan.left:
         rows.append(("stays", f"{some(plan.left)}: not quantized"))
     if plan.unused:

@@ -73,6 +73,7 @@ class Plan:
     unused: tuple[str, ...]  # stored tensors that no parameter of the model uses
     checkpoint: str  # "compressed-tensors" or "native"
     checkpoint_reason: str  # why not compressed-tensors, or ""
+    caveats: tuple[str, ...]  # what readers of the checkpoint do differently
     size_bytes: int
     source_bytes: int
     depth: str  # where forwards are suspended: "linear" or "block"
@@ -111,6 +112,7 @@ class Plan:
             "unused": list(self.unused),
             "checkpoint": self.checkpoint,
             "checkpoint_reason": self.checkpoint_reason,
+            "caveats": list(self.caveats),
             "bits_per_weight": self.bits_per_weight,
             "size_bytes": self.size_bytes,
             "source_bytes": self.source_bytes,
@@ -164,6 +166,9 @@ def make_plan(
         unused=tuple(unused),
         checkpoint="native" if reason else "compressed-tensors",
         checkpoint_reason=reason,
+        caveats=()
+        if reason
+        else tuple(compressed_tensors.caveats({layer.name: layer.format for layer in layers}, source.dtype)),
         size_bytes=size,
         source_bytes=sum(info[n].nbytes for n in stored if n in info),
         depth=chosen,
