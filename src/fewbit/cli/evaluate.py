@@ -57,7 +57,7 @@ def evaluate(
     KL is the mean over tokens of KL(original || result) in nats; top-1 the share of tokens at which both
     hold the same one likeliest.
     """
-    options.quiet(verbose)
+    options.prepare(verbose)
     from fewbit.cli.progress import Windows
     from fewbit.cli.show import print_json
     from fewbit.cli.size import bits_per_weight, parameters, size_bytes

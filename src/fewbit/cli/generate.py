@@ -36,7 +36,7 @@ def generate(
 
     The text goes to standard output, the speed to standard error.
     """
-    options.quiet(verbose)
+    options.prepare(verbose)
     import torch
 
     from fewbit.cli.show import print_json

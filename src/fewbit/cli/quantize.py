@@ -51,7 +51,7 @@ def quantize(
     Prints the plan, then works block by block; the result is read back from disk and compared before it
     appears under its name. A run that was interrupted goes on when the same command is given again.
     """
-    options.quiet(verbose)
+    options.prepare(verbose)
     chosen = options.make_recipe(recipe, recipe_file, bits, group_size, settings)
     from fewbit.cli.progress import watch_run
     from fewbit.cli.show import print_json
@@ -96,7 +96,7 @@ def plan(
     Which layer gets which format, bits per weight, size, memory and time; whatever cannot work is refused
     here as it would be there.
     """
-    options.quiet(verbose)
+    options.prepare(verbose)
     chosen = options.make_recipe(recipe, recipe_file, bits, group_size, settings)
     from fewbit.cli.show import print_json
     from fewbit.cli.summary import show_layers, show_plan
