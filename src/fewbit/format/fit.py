@@ -112,8 +112,9 @@ class MSE(Range):
             weights = importance.expand_as(x).reshape(-1, n)
         lo, hi = torch.aminmax(rows, dim=-1)
         best_lo, best_hi = lo.clone(), hi.clone()
-        # Chunks that stay in the second-level cache: the search reads each element a hundred times.
-        chunk = max(1, 65536 // n)
+        # The search reads each element a hundred times: chunks that a CPU's second-level cache holds, and on a
+        # GPU chunks that are worth their launches.
+        chunk = max(1, (1 << 16 if x.device.type == "cpu" else 1 << 24) // n)
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             lo_p, hi_p = self._search(
