@@ -5,7 +5,6 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-import torch
 from tiny import save_tiny
 
 from fewbit.cli import main
@@ -33,17 +32,6 @@ class Ran:
         """The one object on standard output."""
         assert self.code == 0, self.err
         return json.loads(self.out)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Tiny matrices lose more to waking threads than they win."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ class Job:
 
     def __init__(self, output: Path, key: dict):
         self.output = output
-        self.part = output.with_name(output.name + ".partial")
+        self.part = _part(output)
         self.ready = self.part / "ready"
         self.key = key
 
@@ -142,6 +142,18 @@ class Job:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         os.rename(self.ready, self.output)  # onto nothing, or onto an empty folder
         shutil.rmtree(self.part)
+
+
+def _part(output: Path) -> Path:
+    """The work folder beside an output folder."""
+    return output.with_name(output.name + ".partial")
+
+
+def depth_of_interrupted(output: Path) -> str | None:
+    """Where an interrupted run into ``output`` suspends its forwards ("linear" or "block"), None without
+    one.
+    """
+    return _read_json(_part(output) / "job.json").get("depth")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -166,9 +166,7 @@ def make_plan(
         unused=tuple(unused),
         checkpoint="native" if reason else "compressed-tensors",
         checkpoint_reason=reason,
-        caveats=()
-        if reason
-        else tuple(compressed_tensors.caveats({layer.name: layer.format for layer in layers}, source.dtype)),
+        caveats=_caveats(layers, source, used, reason),
         size_bytes=size,
         source_bytes=sum(info[n].nbytes for n in stored if n in info),
         depth=chosen,
@@ -177,6 +175,23 @@ def make_plan(
         device=device,
     )
     return plan, model, blocks, mapping
+
+
+def _caveats(layers, source, calibration, reason) -> tuple[str, ...]:
+    """What a person should know before starting: how readers differ, and a calibration that is too small."""
+    out = []
+    if not reason:
+        out += compressed_tensors.caveats({layer.name: layer.format for layer in layers}, source.dtype)
+    solved = [layer for layer in layers if Need.GRAM in layer.rule.solver.needs]
+    if solved and calibration:
+        tokens, widest = calibration.samples * calibration.seqlen, max(layer.shape[1] for layer in solved)
+        if tokens < 5 * widest:
+            out.append(
+                f"{tokens} calibration tokens are few for layers of {widest} inputs: GPTQ fits their "
+                f"noise below "
+                f"five times as many; use --samples {math.ceil(5 * widest / calibration.seqlen)} or more"
+            )
+    return tuple(out)
 
 
 def codec(plan_or_checkpoint: Plan | str):

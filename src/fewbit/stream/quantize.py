@@ -20,7 +20,7 @@ from fewbit.io import compressed_tensors, native
 from fewbit.io.source import open_source
 from fewbit.recipe import Recipe
 from fewbit.stream.data import Calibration, sample_tokens, token_hash
-from fewbit.stream.job import MANIFEST, RECIPE, Job, write_text
+from fewbit.stream.job import MANIFEST, RECIPE, Job, depth_of_interrupted, write_text
 from fewbit.stream.loop import Loop, Rounded
 from fewbit.stream.memory import return_freed_arrays
 from fewbit.stream.plan import Plan, make_plan
@@ -82,11 +82,11 @@ def quantize(
     progress = progress or Progress()
     output = Path(output)
     source = open_source(model)
+    if depth == "auto":  # it depends on free memory: an interrupted run goes on as it began
+        depth = depth_of_interrupted(output) or depth
     plan, skeleton, blocks, mapping = make_plan(
         source, recipe, calibration or Calibration(), output=output, device=device, depth=depth
     )
-    progress.start(plan)
-    progress.phase("reading calibration text")
     tokens = sample_tokens(plan.calibration, source.tokenizer()) if plan.calibration else None
     job = Job(output, _key(plan, tokens))
     if job.open():
@@ -101,6 +101,7 @@ def quantize(
             seconds=seconds,
             finished_before=True,
         )
+    progress.start(plan)
     loop = Loop(plan=plan, model=skeleton, blocks=blocks, mapping=mapping, job=job, progress=progress)
     try:
         logits = loop.run(tokens)
