@@ -113,11 +113,15 @@ class MSE(Range):
         lo, hi = torch.aminmax(rows, dim=-1)
         best_lo, best_hi = lo.clone(), hi.clone()
         # The search reads each element a hundred times: chunks that a CPU's second-level cache holds, and on
-        # a GPU chunks that are worth their launches. chunk = max(1, (1 << 16 if x.device.type == "cpu" else 1
-        # << 24) // n) for start in range(0, len(rows), chunk): part = slice(start, start + chunk) lo_p, hi_p
-        # = self._search( rows[part], lo[part], hi[part], round_trip, None if weights is None else
-        # weights[part] ) best_lo[part], best_hi[part] = lo_p, hi_p return best_lo.reshape(shape),
-        # best_hi.reshape(shape)
+        # a GPU chunks that are worth their launches.
+        chunk = max(1, (1 << 16 if x.device.type == "cpu" else 1 << 24) // n)
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            lo_p, hi_p = self._search(
+                rows[part], lo[part], hi[part], round_trip, None if weights is None else weights[part]
+            )
+            best_lo[part], best_hi[part] = lo_p, hi_p
+        return best_lo.reshape(shape), best_hi.reshape(shape)
 
     def _search(self, x: Tensor, lo: Tensor, hi: Tensor, round_trip: RoundTrip, weights: Tensor | None):
         """Best interval of each block: x [N, n], lo and hi [N], weights [N, n] or None."""

@@ -281,10 +281,8 @@ def _memory(model, blocks, layers, info, mapping, calibration, device, depth) ->
 
     # Embeddings and head are resident only while no activations are: at the very start and the very end.
     def peak(d: str) -> int:
-        return int(
-            base
-            + max(outer * 1.3, max(per_block) * 1.2 + alive[d] + (grams if calibration else 0) + 4 * largest)
-        )
+        working = max(per_block) * 1.2 + alive[d] + (grams if calibration else 0) + 4 * largest
+        return int(base + 1.4 * max(outer, working))  # 1.4: what allocators keep between uses, measured
 
     if depth == "auto":
         depth = "linear" if peak("linear") < 0.8 * _available(device) else "block"
