@@ -156,7 +156,8 @@ def make_plan(
     size = math.ceil(codes + rest)
     if output is not None:
         _check_disk(output, size)
-    chosen, peak = _memory(model, blocks, layers, info, mapping, used, device, depth)
+    item_run = 4 if device == "cpu" else source.dtype.itemsize  # the loop computes in float32 on a CPU
+    chosen, peak = _memory(model, blocks, layers, used, device, depth, item_run)
     plan = Plan(
         source=source,
         recipe=recipe,
@@ -262,21 +263,21 @@ def _check_disk(output: Path, size: int) -> None:
         )
 
 
-def _memory(model, blocks, layers, info, mapping, calibration, device, depth) -> tuple[str, int]:
+def _memory(model, blocks, layers, calibration, device, depth, item) -> tuple[str, int]:
     """(depth, predicted peak bytes on the device that computes): weights of one block, activations, Gram
     matrices.
     """
-    per_block = [sum(p.numel() for p in b.parameters()) * 4 for b in blocks.modules]
+    per_block = [sum(p.numel() for p in b.parameters()) * item for b in blocks.modules]
     largest = max(math.prod(layer.shape) for layer in layers) * 4
-    outer = sum(p.numel() for p in model.parameters()) * 4 - sum(per_block)
+    outer = sum(p.numel() for p in model.parameters()) * item - sum(per_block)
     base = 0 if device != "cpu" else _resident()
     tokens = calibration.samples * calibration.seqlen if calibration else 64
     widths = sorted({layer.shape[1] for layer in layers if layer.block == 0} or {layers[0].shape[1]})
     hidden = widths[0]
     grams = widths[-1] ** 2 * 4 * 4  # H, its permuted copy, its factor and M
     alive = {
-        "linear": tokens * 4 * (3 * hidden + 2 * widths[-1]),
-        "block": tokens * 4 * 2 * hidden + sum(w * w * 4 for w in widths) * 2,
+        "linear": tokens * item * (3 * hidden + 2 * widths[-1]),
+        "block": tokens * item * 2 * hidden + sum(w * w * 4 for w in widths) * 2,
     }
 
     # Embeddings and head are resident only while no activations are: at the very start and the very end.
