@@ -80,6 +80,7 @@ def main():
         result = fewbit.quantize("smollm2", made, output=folder / "out", calibration=calibration)
         got = fewbit.evaluate(fewbit.load(folder / "out"), tokens, protocol, against=original)
         shutil.rmtree(folder)
+        done = json.loads(kept.read_text()) if kept.exists() else {}  # another process may have added rows
         done[f"{table}/{name}"] = {
             "bits": result.plan.bits_per_weight, "kl": got.kl, "kl_error": got.kl_error, "top1": got.top1,
             "perplexity": got.perplexity,
