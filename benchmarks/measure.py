@@ -1,13 +1,25 @@
 """Whole processes, measured by the operating system."""
 
+import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 FEWBIT = str(Path(sys.executable).with_name("fewbit"))
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+# A child's peak starts at what its parent held when it forked, so a small process stands in between.
+LAUNCH = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+error = child.stderr.read().decode(errors="replace")
+_, status, usage = os.wait4(child.pid, 0)
+seconds = time.perf_counter() - start
+print(json.dumps([status, error[-3000:], usage.ru_utime + usage.ru_stime, seconds, usage.ru_maxrss / 1024]))
+"""
 
 
 def measured(command: list[str], threads: int | None = None) -> tuple[float, float, float]:
@@ -15,10 +27,9 @@ def measured(command: list[str], threads: int | None = None) -> tuple[float, flo
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if threads is not None:
         env |= dict.fromkeys(THREADS, str(threads))
-    start = time.perf_counter()
-    child = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    error = child.stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
+    launcher = [sys.executable, "-S", "-c", LAUNCH, *command]
+    said = subprocess.run(launcher, env=env, capture_output=True, text=True, check=True).stdout
+    status, error, cpu, wall, peak = json.loads(said)
     if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{error.decode()[-3000:]}")
-    return usage.ru_utime + usage.ru_stime, time.perf_counter() - start, usage.ru_maxrss / 1024
+        raise SystemExit(f"{' '.join(command)} failed:\n{error}")
+    return cpu, wall, peak

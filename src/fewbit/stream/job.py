@@ -25,7 +25,7 @@ from fewbit.stream.progress import LayerRow
 
 MANIFEST = "fewbit_manifest.json"
 RECIPE = "fewbit_recipe.yaml"
-SHARD_BYTES = 1 << 30  # a shard is put together in memory: this bounds it
+SHARD_BYTES = 1 << 28  # a shard is put together in memory, so this bounds it; a larger block is a shard
 
 
 class Job:

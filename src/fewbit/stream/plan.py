@@ -215,6 +215,8 @@ def assign(
     }
     for name, module in linears(model).items():
         stored = mapping.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+        if stored.rpartition(".")[2] != name.rpartition(".")[2]:
+            stored = name  # tied: the tensor is stored under another module's name, but readers know this one
         rule = recipe.rule_for(name) if name in inside else None
         if rule is not None:
             used.add(rule)
