@@ -1,9 +1,9 @@
 """Gram matrix of a layer's inputs, accumulated batch by batch: G += X^T X.
 
 X^T X is symmetric, so half of a general product is wasted. On a CPU the BLAS routine ``ssyrk`` (through
-SciPy) computes one triangle only: 1.6 times the speed of ``x.T @ x`` per CPU second on the machine in
-benchmarks/results/gram.md. torch offers no such routine. On CUDA a plain float32 product is used, with TF32
-off: ten bits of mantissa in H are not positive definite enough for Cholesky.
+SciPy) computes one triangle only, at a general product's rate. torch offers no such routine. On CUDA a plain
+float32 product is used, with TF32 off: ten bits of mantissa in H are not positive definite enough for
+Cholesky.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 glibc serves large arrays from its heap after the first of them has been freed (its threshold for ``mmap``
 adapts upward), and a heap with holes does not shrink. With the threshold fixed, every array above it is a
-mapping of its own that disappears when it is freed; but each such array costs fresh pages. On SmolLM2 with
-16,384 calibration tokens (GPTQ, one thread) the first six blocks peak at 954 MB with glibc's own way, at 888
-MB with 8 MiB and at 748 MB with 1 MiB, for 0.1, 0.2 and 0.6 system seconds a block: 8 MiB it is.
+mapping of its own that disappears when it is freed; but each such array costs fresh pages.
+A threshold of 1 MiB gives the lowest peak and spends much of a run on fresh pages; 8 MiB is the compromise.
+The peak that results is printed by benchmarks/peak_memory.py.
 """
 
 from __future__ import annotations
