@@ -241,3 +241,13 @@ def test_a_new_format_is_one_row():
     assert grid.value(grid.codes())[:8].tolist() == [0, 0.25, 0.5, 1, 2, 4, 8, 16]
     x = torch.tensor([0.12, 0.13, 1.4, 1.5, 2.9, 3.0, -20.0, 1e9])
     assert grid.value(grid.round(x)).tolist() == [0, 0.25, 1, 2, 2, 4, -16, 16]
+
+
+def test_four_bits_without_specials_spend_them_on_steps_or_on_range():
+    """The three ways to split three magnitude bits: even steps, OCP's FP4, and powers of two."""
+    held = {"e1m2": (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5), "e2m1": (0, 0.5, 1, 1.5, 2, 3, 4, 6)}
+    held["e3m0"] = (0, 0.25, 0.5, 1, 2, 4, 8, 16)
+    for name, magnitudes in held.items():
+        grid = by_name(name)
+        assert grid.value(grid.codes())[:8].tolist() == list(magnitudes), name
+        assert grid.bits == 4

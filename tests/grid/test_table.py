@@ -103,3 +103,8 @@ def test_dynamic_map():
     assert (grid.values[127], grid.values[255]) == (0.0, 1.0)
     assert grid.values[0] == pytest.approx(-0.99296874, abs=1e-8)
     assert grid.values[128] == pytest.approx(0.55e-6)
+
+
+def test_micro_scale_halves_or_keeps_a_pair():
+    micro = by_name("micro1")
+    assert (micro.bits, micro.values, micro.least) == (1, (0.5, 1.0), 0.5)

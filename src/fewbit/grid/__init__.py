@@ -1,6 +1,6 @@
 """Grids: the points a code can mean, at unit scale. ``GRIDS`` lists every named one, `by_name` finds one.
 
-An unnamed grid is one line: ``Table("ternary", (-1, 0, 1))`` or ``Float(name="e3m0", exponent_bits=3, ...)``.
+An unnamed grid is one line: ``Table("ternary", (-1, 0, 1))`` or ``Float(name="e5m0", exponent_bits=5, ...)``.
 """
 
 import difflib

@@ -143,6 +143,11 @@ class Float(Grid):
     def min(self) -> float:
         return -self.max if self.signed else self._magnitude(0)
 
+    @functools.cached_property
+    def least(self) -> float:
+        """The smallest positive value; see `Grid.least`."""
+        return self._magnitude(int(self.zero))
+
     def _magnitude(self, code: int) -> float:
         field, m = code >> self.mantissa_bits, code & (2**self.mantissa_bits - 1)
         hidden = 2**self.mantissa_bits if field or not self.zero else 0
@@ -181,7 +186,6 @@ class Float(Grid):
         return range(2 ** (self.bits - self.spare_bits))
 
     def describe(self) -> Description:
-        smallest = 2.0 ** (self.emin - (self.mantissa_bits if self.zero else 0))
         specials = {
             "-0": self.signed and self.specials is not Specials.FNUZ,
             "inf": self.specials is Specials.IEEE,
@@ -192,9 +196,9 @@ class Float(Grid):
             bits=self.bits,
             max=self.max,
             min_normal=2.0**self.emin,
-            smallest_subnormal=smallest if smallest < 2.0**self.emin else None,
-            epsilon=2.0**-self.mantissa_bits,
-            dynamic_range_db=20 * (math.log10(self.max) - math.log10(smallest)),
+            smallest_subnormal=self.least if self.least < 2.0**self.emin else None,
+            epsilon=2.0 ** (max(self.emin, 0) - self.mantissa_bits),
+            dynamic_range_db=20 * (math.log10(self.max) - math.log10(self.least)),
             distinct=2 * self._top + 1 if self.signed else self._top + 1,
             specials=tuple(name for name, there in specials.items() if there),
         )
@@ -286,10 +290,12 @@ E3M2 = _row("e3m2", 3, 2, 3)
 E2M3 = _row("e2m3", 2, 3, 1)
 E2M1 = _row("e2m1", 2, 1, 1)  # OCP's FP4; also MoFQ's FP4 with the codes of Inf and NaN given back to 4 and 6
 E2M1_IEEE = _row("e2m1-ieee", 2, 1, 1, _IEEE)  # MoFQ's FP4 before: top exponent reserved, largest value 3
+E1M2 = _row("e1m2", 1, 2, 0)  # eight even steps: the integers of a sign and three bits, halved
+E3M0 = _row("e3m0", 3, 0, 3)  # zero and powers of two
 E8M0 = _row("e8m0", 8, 0, 127, _FN, signed=False, zero=False, torch_dtype=torch.float8_e8m0fnu)
 UE4M3 = _row("ue4m3", 4, 3, 7, _FN, signed=False, spare_bits=1)  # NVFP4's scale: e4m3fn bytes with sign 0
 
 FLOATS: tuple[Float, ...] = (
     *(FP32, TF32, BF16, FP16, E4M3FN, E5M2, E4M3FNUZ, E5M2FNUZ),
-    *(E3M2, E2M3, E2M1, E2M1_IEEE, E8M0, UE4M3),
+    *(E3M2, E2M3, E2M1, E2M1_IEEE, E1M2, E3M0, E8M0, UE4M3),
 )

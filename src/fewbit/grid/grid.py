@@ -17,6 +17,7 @@ does; for integers it costs 30 times what ``round`` and ``clamp`` cost, and for 
 zero, NaN and the overflow policy.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -80,6 +81,18 @@ class Grid(ABC):
     @abstractmethod
     def describe(self) -> Description:
         """Limits and counts of this grid, computed from its definition, not by listing."""
+
+    @functools.cached_property
+    def least(self) -> float:
+        """The smallest positive value, subnormals included; of a vector grid the smallest such coordinate.
+
+        Raises InputError when no value is positive (int1 holds -1 and 0).
+        """
+        values = self.value(self.codes(), torch.float64)
+        positive = values[(values > 0) & values.isfinite()]
+        if not positive.numel():
+            raise InputError(f"{self.name} holds no positive value; use a grid that does")
+        return positive.min().item()
 
     @abstractmethod
     def _list(self) -> range:

@@ -210,5 +210,6 @@ _FP4_BNB = tuple(v / 12 for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 # chooses.
 FP4_BNB = Table("fp4-bnb", (*_FP4_BNB, *(-v for v in _FP4_BNB)))
 DYNAMIC8 = Table("dynamic8", dynamic_map())
+MICRO = Table("micro1", (0.5, 1.0))  # the 1-bit scale of a pair in shared microexponents (MX9, MX6, MX4)
 
-TABLES: tuple[Table, ...] = (NF2, NF3, NF4, AF4, FP4_BNB, DYNAMIC8)
+TABLES: tuple[Table, ...] = (NF2, NF3, NF4, AF4, FP4_BNB, DYNAMIC8, MICRO)
