@@ -1,5 +1,6 @@
 """Finding a model that is not a path: the one inside a package, and those on the Hugging Face hub."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from fewbit.errors import InputError
@@ -21,14 +22,17 @@ def packaged_file() -> Path:
     return files[0]
 
 
-def from_hub(name: str) -> Path:
-    """The snapshot folder of a hub repository: weights, config and tokenizer files of its top folder."""
+def from_hub(name: str, files: Iterable[str] = HUB_FILES) -> Path:
+    """The snapshot folder of a hub repository: weights, config and tokenizer files of its top folder.
+
+    ``files`` are the patterns to download; ``("config.json",)`` leaves the weights where they are.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         return Path(
-            snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*", "consolidated*"])
+            snapshot_download(name, allow_patterns=list(files), ignore_patterns=["*/*", "consolidated*"])
         )
     except GatedRepoError as error:
         raise InputError(
