@@ -48,7 +48,7 @@ def formats():
     for grid, block, zero, scale in itertools.product(grids, BLOCKS, Zero, SCALES):
         if zero is Zero.INTEGER and not isinstance(grid, Int):
             continue
-        if zero is Zero.NONE and grid.min == 0:
+        if zero in (Zero.NONE, Zero.MEAN) and grid.min == 0:
             continue
         yield Format(grid=grid, block=block, zero=zero, scale=scale, range=MinMax())
 
@@ -96,7 +96,7 @@ def test_bits_per_weight_by_hand():
     assert g(block=Group(16), scale=E4M3_OVER_FP32) == 4.5 + 32 / (64 * 128)
     big = (1024, 1024)
     nf4 = Format(grid=by_name("nf4"), block=Flat(64), scale=DOUBLE_QUANT)
-    assert nf4.bits_per_weight(big) == 4 + 8 / 64 + (32 + 32) / (64 * 256)  # scale and offset per 256 scales
+    assert nf4.bits_per_weight(big) == 4 + 8 / 64 + 32 / (64 * 256) + 32 / 2**20  # one mean for the tensor
 
 
 def test_two_symmetric_divisors_at_four_bits():

@@ -17,7 +17,7 @@ from fewbit.errors import InputError
 from fewbit.format.block import BLOCKS
 from fewbit.format.fit import RANGES
 from fewbit.format.format import Format
-from fewbit.grid import GRIDS, by_name
+from fewbit.grid import by_name
 from fewbit.grid.grid import Grid
 
 FORMAT_CLASSES = (Format, *BLOCKS, *RANGES)
@@ -25,8 +25,8 @@ FORMAT_CLASSES = (Format, *BLOCKS, *RANGES)
 
 def to_plain(value: object) -> object:
     """A frozen dataclass (to any depth) as dicts, lists, strings, numbers and None."""
-    if isinstance(value, Grid) and value in GRIDS:
-        return value.name
+    if isinstance(value, Grid):
+        return _name(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         out = {"type": type(value).__name__}
         for f in dataclasses.fields(value):
@@ -39,6 +39,20 @@ def to_plain(value: object) -> object:
     if isinstance(value, tuple | list):
         return [to_plain(v) for v in value]
     return value
+
+
+def _name(grid: Grid) -> str:
+    """The name that finds the grid again."""
+    try:
+        found = by_name(grid.name)
+    except InputError:
+        found = None
+    if found != grid:
+        raise InputError(
+            f"grid {grid.name!r} has no name of its own and cannot be written to a file; add it to "
+            "fewbit.grid.GRIDS"
+        )
+    return grid.name
 
 
 def from_plain(data: object, classes: Sequence[type] = FORMAT_CLASSES) -> object:

@@ -1,32 +1,58 @@
 """Ways to choose a range: a pure function from the values of each block to the interval the grid must cover.
 
 A range rule returns ``(lo, hi)`` per block; ``Format`` turns the interval into scale and zero, rounds the
-scale to its own storage and only then computes the zero and the codes. So a rule knows nothing of bits, and
-each serves every grid. The one exception by nature is ``MSE``, which tries shrunken intervals on the real
-grid.
+scale to its own storage and only then computes the zero and the codes. So one rule serves every grid; what it
+may ask of the grid is in `Target`. Rules that assume a distribution are in aciq.py, octav.py and prior.py.
 
 Sources: min-max and p-norm grid: Frantar et al. 2022, https://arxiv.org/abs/2210.17323 (reference quantizer:
-100 steps, |error|^2.4); percentile: Wu et al. 2020, https://arxiv.org/abs/2004.09602.
+100 steps, |error|^2.4); percentile: Wu et al. 2020, https://arxiv.org/abs/2004.09602; powers of two: OCP
+Microscaling Formats v1.0 and Rouhani et al. 2023, https://arxiv.org/abs/2310.10537; progressive groups:
+QServe, Lin et al. 2024, https://arxiv.org/abs/2405.04532.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
+from fewbit.grid.grid import Grid
 
-# What MSE needs of a Format: (blocks [N, n], lo [N], hi [N]) -> blocks after a round trip through the grid.
-RoundTrip = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+class Target(Protocol):
+    """What a range rule may ask of the Format it serves."""
+
+    grid: Grid
+
+    @property
+    def symmetric(self) -> bool:
+        """True without a zero: interval [-a, a], a = max(-lo, hi)."""
+
+    @property
+    def reach(self) -> float:
+        """Steps in the half interval [0, a] of a symmetric format, in the whole [lo, hi] of an affine one."""
+
+    def round_trip(self, x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+        """Blocks [N, n] and trial intervals [N] -> the blocks on the real grid [N, n]."""
+
+    def unit_points(self) -> Tensor:
+        """Sorted points of the grid [k] float64 when half the interval is 1; see `Format.unit_points`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range(ABC):
-    """A rule that chooses the interval of each block."""
+    """A rule that chooses the interval of each block.
+
+    ``of_parent``: a rule for steps that looks at the tensor whose steps they are.
+    """
+
+    of_parent: ClassVar[bool] = False
 
     @property
     def wants_importance(self) -> bool:
@@ -34,20 +60,25 @@ class Range(ABC):
         return False
 
     @abstractmethod
-    def __call__(self, x: Tensor, round_trip: RoundTrip, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, fmt: Target, importance: Tensor | None) -> tuple[Tensor, Tensor]:
         """Blocks ``x`` [..., n] float -> (lo [...], hi [...]).
 
-        ``round_trip`` maps blocks and an interval to their quantized values. ``importance`` broadcasts to
-        ``x`` and is the weight of each element's error, or None.
+        ``importance`` broadcasts to ``x`` and is the weight of each element's error, or None.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class AbsMax(Range):
-    """The symmetric interval [-max|x|, max|x|]."""
+    """The symmetric interval [-max|x|, max|x|], ``headroom`` times as wide."""
 
-    def __call__(self, x, round_trip, importance):
-        a = x.abs().amax(-1)
+    headroom: float = 1.0
+
+    def __post_init__(self):
+        if not self.headroom >= 1:
+            raise InputError(f"headroom {self.headroom} would clip; it must be at least 1")
+
+    def __call__(self, x, fmt, importance):
+        a = x.abs().amax(-1) * self.headroom
         return -a, a
 
 
@@ -55,7 +86,7 @@ class AbsMax(Range):
 class MinMax(Range):
     """The interval [min x, max x]."""
 
-    def __call__(self, x, round_trip, importance):
+    def __call__(self, x, fmt, importance):
         lo, hi = torch.aminmax(x, dim=-1)
         return lo, hi
 
@@ -70,7 +101,7 @@ class Percentile(Range):
         if not 50 < self.q <= 100:
             raise InputError(f"percentile {self.q} is outside (50, 100]; 99.9 is usual")
 
-    def __call__(self, x, round_trip, importance):
+    def __call__(self, x, fmt, importance):
         # kthvalue and not quantile: quantile refuses more than 2**24 elements and interpolates.
         n = x.shape[-1]
         k = min(n, max(1, round(self.q / 100 * n)))
@@ -104,7 +135,7 @@ class MSE(Range):
     def wants_importance(self):
         return self.weighted
 
-    def __call__(self, x, round_trip, importance):
+    def __call__(self, x, fmt, importance):
         shape, n = x.shape[:-1], x.shape[-1]
         rows = x.reshape(-1, n)
         weights = None
@@ -118,19 +149,19 @@ class MSE(Range):
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             lo_p, hi_p = self._search(
-                rows[part], lo[part], hi[part], round_trip, None if weights is None else weights[part]
+                rows[part], lo[part], hi[part], fmt, None if weights is None else weights[part]
             )
             best_lo[part], best_hi[part] = lo_p, hi_p
         return best_lo.reshape(shape), best_hi.reshape(shape)
 
-    def _search(self, x: Tensor, lo: Tensor, hi: Tensor, round_trip: RoundTrip, weights: Tensor | None):
+    def _search(self, x: Tensor, lo: Tensor, hi: Tensor, fmt: Target, weights: Tensor | None):
         """Best interval of each block: x [N, n], lo and hi [N], weights [N, n] or None."""
         least = torch.full_like(lo, torch.inf)
         best = torch.ones_like(lo)
 
         def attempt(p: Tensor) -> None:  # shrink factors, one per block
             nonlocal least, best
-            error = round_trip(x, p * lo, p * hi).sub_(x)
+            error = fmt.round_trip(x, p * lo, p * hi).sub_(x)
             error = error.square_() if self.norm == 2 else error.abs_().pow_(self.norm)
             loss = error.sum(-1) if weights is None else torch.einsum("bn,bn->b", error, weights)
             better = loss < least
@@ -144,4 +175,68 @@ class MSE(Range):
         return best * lo, best * hi
 
 
-RANGES = (AbsMax, MinMax, Percentile, MSE)
+class Scaling(StrEnum):
+    """Which power of two becomes the step of a block whose largest magnitude is A; M is the grid's.
+
+    CEIL and RCEIL never clip. FLOOR clips what lies between M and the next power of two (E4M3: 448 to 512),
+    EVEN only what rounds to M anyway. The nearest power of two would clip up to 1.5 M and is left out.
+    """
+
+    FLOOR = "floor"  # floor(log2 A) - floor(log2 M): OCP's rule
+    EVEN = "even"  # FLOOR, and one more where A would round past M: least error for E2M1
+    CEIL = "ceil"  # ceil(log2 A) - floor(log2 M)
+    RCEIL = "rceil"  # ceil(log2(A / M)): the least that does not clip; NVIDIA's, for training
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerOfTwo(Range):
+    """The interval whose step is a power of two: MX, block floating point, shared microexponents.
+
+    The rule works on A = max|x|, or on max - min where the format has a zero. Exponents are kept to
+    [-127, 127], those of E8M0; an all-zero block gets -127. Intervals are float64, so that steps are exact.
+    """
+
+    rule: Scaling = Scaling.FLOOR
+
+    def __call__(self, x, fmt, importance):
+        if fmt.symmetric:
+            low, spread = None, x.abs().amax(-1).double()
+        else:
+            low, high = torch.aminmax(x.double(), dim=-1)
+            low = low.clamp(max=0)
+            spread = high.clamp(min=0) - low
+        wide = (self._exponent(spread, fmt).clamp(-127, 127) + 1023 << 52).view(torch.float64) * fmt.reach
+        return (-wide, wide) if low is None else (low, low + wide)
+
+    def _exponent(self, a: Tensor, fmt: Target) -> Tensor:
+        """int64 exponent of the step; of zero: very small."""
+        by_reach = self.rule is Scaling.RCEIL
+        emax = 0 if by_reach else math.frexp(fmt.reach)[1] - 1
+        significand, e = torch.frexp(a / fmt.reach if by_reach else a)  # significand in [1/2, 1)
+        e = e - 1 - emax
+        if self.rule is Scaling.EVEN:
+            gap = fmt.unit_points()[-2:].diff().item() * fmt.reach / (1 if fmt.symmetric else 2)
+            e = e + (significand * 2.0 ** (emax + 1) >= fmt.reach + gap / 2)
+        elif self.rule is not Scaling.FLOOR:
+            e = e + (significand > 0.5)
+        return torch.where(a > 0, e.long(), -1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progressive(Range):
+    """QoQ's protective range, the rule of integer steps: the unit of the steps is max|W| / ``protect``.
+
+    W is the tensor whose steps are coded, in the blocks that share a unit (its rows). With protect = 119,
+    steps of 4-bit groups are at most 238 / 15 < 16 units, so a weight decodes to at most 119 + 16 / 2 = 127
+    of them and the middle tensor fits int8 (QServe, section 4.1).
+    """
+
+    of_parent = True
+    protect: int = 119
+
+    def __call__(self, x, fmt, importance):
+        a = x.abs().amax(-1) / self.protect * fmt.reach
+        return -a, a
+
+
+RANGES = (AbsMax, MinMax, Percentile, MSE, PowerOfTwo, Progressive)

@@ -1,7 +1,7 @@
 """Format: the type of a quantized tensor.
 
-    x ~ (value(q) - z) * s            z NONE (= 0), INTEGER (a code of the grid) or FLOAT (inside the
-    rounding, HQQ) x ~ value(q) * s + m              OFFSET, in value space (KIVI, quanto)
+    x ~ (value(q) - z) * s      z NONE (= 0), INTEGER (a code of the grid) or FLOAT (inside the rounding, HQQ)
+    x ~ value(q) * s + m        m OFFSET, in value space (KIVI, quanto), or MEAN, one a tensor (bitsandbytes)
 
 with one step ``s`` and one ``z`` or ``m`` per block. A scale is a tensor, so it has a Format: float16, E8M0,
 E4M3 over a float32 tensor scale (NVFP4) and 8-bit double quantization (NF4) are one recursive field.
@@ -16,6 +16,7 @@ consequences are in docs/formats.md.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
-from fewbit.format.block import Block, Channel, Group, PerTensor
+from fewbit.format.block import Block, Channel, Flat, Group, PerTensor
 from fewbit.format.fit import AbsMax, Range
 from fewbit.format.qtensor import QTensor, value_of
 from fewbit.grid.grid import Grid
@@ -41,6 +42,7 @@ class Zero(StrEnum):
     INTEGER = "integer"  # a code of the grid: GPTQ, AWQ, compressed-tensors
     FLOAT = "float"  # a float in the code domain, inside the rounding: HQQ
     OFFSET = "offset"  # a float in the value domain: KIVI, quanto
+    MEAN = "mean"  # the mean of the tensor, one float, in the value domain: bitsandbytes' nested steps
 
 
 class Divisor(StrEnum):
@@ -84,64 +86,116 @@ class Format:
                 "Zero.FLOAT"
             )
 
-    # -- from values to parameters
-    # ------------------------------------------------------------------------------
+    # -- what range rules may ask
 
-    def fit(self, x: Tensor, importance: Tensor | None = None) -> Params:
+    @property
+    def symmetric(self) -> bool:
+        """True when an interval is [-a, a] about zero (or about the tensor's mean)."""
+        return self.zero in (Zero.NONE, Zero.MEAN)
+
+    @property
+    def reach(self) -> float:
+        """Steps in half the interval of a symmetric format, in the whole interval of an affine one."""
+        if not self.symmetric:
+            return self.grid.max - self.grid.min
+        return self.grid.max if self.divisor is Divisor.EDGE else (self.grid.max - self.grid.min) / 2
+
+    def unit_points(self) -> Tensor:
+        """Where the grid's finite points lie on the interval [-1, 1]: distinct, ascending, [k] float64.
+
+        A symmetric interval [-a, a] puts them at ``a * unit_points``, an affine [c - a, c + a] at ``c + a *
+        unit_points``. Raises ``InputError`` for vector grids.
+        """
+        return _unit_points(self.grid, self.symmetric, self.reach)
+
+    def round_trip(self, x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+        """Blocks [N, n] through the grid for a trial interval; nested steps are tried unrounded."""
+        raw = self._step(lo, hi)
+        stored = raw if self.scale.scale is not None else value_of(self._store(raw, x))
+        scale = self._nonzero(stored).to(x.dtype)
+        zero = x.new_zeros(()) if self.zero is Zero.MEAN else self._offset(lo, scale)
+        zero = None if zero is None else zero.to(scale.dtype).unsqueeze(-1)
+        return self.snap(x, scale.unsqueeze(-1), zero)
+
+    # -- from values to parameters
+
+    def check(self, shape: torch.Size | tuple[int, ...], what: str = "tensor") -> None:
+        """Raise ``InputError`` where blocks or vectors do not tile ``shape``; ``what`` names the tensor."""
+        if not shape and not isinstance(self.block, PerTensor | Flat):
+            raise InputError(
+                f"{what} is a single number, which {self} cannot cut into blocks; use PerTensor()"
+            )
+        self.block.check(shape, what)
+        width = self.grid.width
+        if width > 1 and (not shape or shape[-1] % width):
+            raise InputError(
+                f"{self.grid.name} codes {width} columns at once, which does not divide the last side of "
+                f"{what} of shape {list(shape)}; choose a grid of another width or exclude this layer with a "
+                "rule"
+            )
+
+    def fit(self, x: Tensor, importance: Tensor | None = None, parent: Tensor | None = None) -> Params:
         """Steps and zeros for ``x`` (float, any shape the block tiles).
 
         importance: [in], the weight of an error in each column (diag of the Gram matrix), used by range rules
-        that want it. Raises ``InputError`` for NaN or Inf, and where the block does not tile ``x``.
+        that want it. parent: when ``x`` are the steps of another tensor, that tensor. Raises ``InputError``
+        for NaN or Inf, and where the block does not tile ``x``.
         """
         if self.scale is None:
             return Params(scale=None, zero=None)
-        self.block.check(x.shape)
+        self.check(x.shape)
         # the sum tells at a fifth of the price
         if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
             bad = int((~torch.isfinite(x)).sum())
             raise InputError(
                 f"tensor of shape {list(x.shape)} holds {bad} NaN or Inf values; nothing can be fitted"
             )
-        blocks = self.block.split(x)
+        x = x if x.dtype == torch.float64 else x.float()
+        mean = x.mean().to(self.zero_dtype) if self.zero is Zero.MEAN else None
+        blocks = self.block.split(parent if self.range.of_parent else x if mean is None else x - mean)
+        if blocks.shape[-1] == 0:
+            raise InputError(f"tensor of shape {list(x.shape)} has empty blocks; there is no range to fit")
         if importance is not None:
             importance = self.block.split(importance.to(x.dtype).expand_as(x))
-        lo, hi = self.range(blocks, self._round_trip, importance)
-        raw = self._step(lo, hi)
-        scale = self._store(raw)
-        return Params(scale=scale, zero=self._offset(lo, self._nonzero(value_of(scale))))
+        lo, hi = self.range(blocks, self, importance)
+        scale = self._store(self._step(lo, hi), x)
+        zero = mean if self.zero is Zero.MEAN else self._offset(lo, self._nonzero(value_of(scale)))
+        return Params(scale=scale, zero=zero)
 
     def _step(self, lo: Tensor, hi: Tensor) -> Tensor:
-        """Unrounded step for the interval [lo, hi]; 1 for a block that is all zero (or constant, with an
-        offset).
-        """
-        if self.zero is Zero.NONE:
-            a = torch.maximum(-lo, hi)
-            reach = self.grid.max if self.divisor is Divisor.EDGE else (self.grid.max - self.grid.min) / 2
-            step = a / reach
-        else:
-            if self.zero is Zero.INTEGER:  # only then is z a code, and 0.0 exact
-                lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-            step = (hi - lo) / (self.grid.max - self.grid.min)
-        return torch.where(step > 0, step, torch.ones_like(step))
+        """Unrounded step for [lo, hi]; 0 for a block that is all zero, or constant with OFFSET."""
+        if self.symmetric:
+            return torch.maximum(-lo, hi) / self.reach
+        if self.zero is Zero.INTEGER:  # only then is z a code, and 0.0 exact
+            lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        step = (hi - lo) / self.reach
+        if self.zero is Zero.FLOAT:  # lo / step must stay finite: a constant block is its own step
+            step = torch.where(step > 0, step, lo.abs())
+        return step
 
-    def _store(self, raw: Tensor) -> Tensor | QTensor:
-        """The step as its own Format stores it; a step that would vanish becomes the smallest positive
-        one.
-        """
+    def _store(self, raw: Tensor, x: Tensor) -> Tensor | QTensor:
+        """The step as its own Format stores it: 1 for an unused step, never 0 for one that codes can hold."""
         own = self.scale
-        if own.scale is not None:
-            return own.quantize(raw)
-        dtype = _NATIVE.get(own.grid.name)
+        dtype = _NATIVE.get(own.grid.name) if own.scale is None else None
         if dtype is not None:
             info = torch.finfo(dtype)
-            return raw.clamp(info.smallest_normal, info.max).to(dtype)
-        return QTensor(codes=own.grid.round(raw), scale=None, zero=None, format=own, shape=raw.shape)
+            return torch.where(raw > 0, raw, 1.0).clamp(info.smallest_normal, info.max).to(dtype)
+        if not getattr(own.grid, "zero", True):  # powers of two: upwards, or up to 1.5 max would be clipped
+            significand, e = torch.frexp(raw)
+            up = torch.ldexp(torch.ones_like(raw), e - (significand == 0.5).int())
+            raw = torch.where(raw > 0, up, 0.0)
+        params = own.fit(raw, parent=x)
+        if own.zero is Zero.NONE:
+            unit = torch.ones_like(raw)
+            if params.scale is not None:
+                outer = value_of(params.scale).to(raw.dtype).unsqueeze(-1)
+                unit = own.block.join(outer * torch.ones_like(own.block.split(raw)), raw.shape)
+            raw = torch.maximum(raw, own.grid.least * unit)
+        return own.encode(raw, params)
 
     @staticmethod
     def _nonzero(scale: Tensor) -> Tensor:
-        """Steps safe to divide by: a stored step of exactly 0 (a tiny block under a nested scale) acts as
-        1.
-        """
+        """Steps safe to divide by: a stored step of exactly 0 (a nested offset can give one) acts as 1."""
         scale = scale.float() if scale.dtype != torch.float64 else scale
         return torch.where(scale == 0, torch.ones_like(scale), scale)
 
@@ -174,65 +228,62 @@ class Format:
             return 0
         return self.grid.bits if self.zero is Zero.INTEGER else torch.finfo(self.zero_dtype).bits
 
-    def _round_trip(self, x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-        """Blocks [N, n] through the grid for a trial interval; nested steps are tried unrounded."""
-        raw = self._step(lo, hi)
-        scale = self._nonzero(raw if self.scale.scale is not None else value_of(self._store(raw)))
-        zero = self._offset(lo, scale)
-        zero = None if zero is None else zero.to(scale.dtype).unsqueeze(-1)
-        return self.snap(x, scale.unsqueeze(-1), zero)
-
     # -- from values to codes and back: the only place where the arithmetic stands
-    # -------------------------------
 
     def code(
         self, x: Tensor, scale: Tensor, zero: Tensor | None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Codes of ``x`` for steps and zeros that broadcast to it. With a generator: stochastic rounding."""
-        return self.grid.round(self._to_unit(x, scale, zero), generator)
+        return self._round(self._to_unit(x, scale, zero), generator)
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Values of ``codes`` for steps and zeros that broadcast to them, in the dtype of ``scale``."""
-        return self._from_unit(self.grid.value(codes, scale.dtype), scale, zero)
+        return self.from_unit(self.unit_values(codes, scale.dtype), scale, zero)
 
     def snap(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """``decode(code(x))`` without the detour through integers."""
-        return self._from_unit(self.grid.snap(self._to_unit(x, scale, zero)), scale, zero)
+        u = self._to_unit(x, scale, zero)
+        if self.grid.width == 1:
+            return self.from_unit(self.grid.snap(u), scale, zero)
+        return self.from_unit(self.grid.snap(u.unflatten(-1, (-1, self.grid.width))).flatten(-2), scale, zero)
+
+    def unit_values(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Points of the grid that codes [..., n / width] mean, before step and zero: [..., n]."""
+        values = self.grid.value(codes, dtype)
+        return values if self.grid.width == 1 else values.flatten(-2)
+
+    def _round(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
+        return self.grid.round(
+            u if self.grid.width == 1 else u.unflatten(-1, (-1, self.grid.width)), generator
+        )
 
     def _to_unit(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         if self.zero is Zero.NONE:
-            u = x / scale
-        elif self.zero is Zero.OFFSET:
-            u = (x - zero) / scale
-        else:
-            u = torch.add(x / scale, zero)
-        return u if self.grid.width == 1 else u.unflatten(-1, (-1, self.grid.width))
+            return x / scale
+        if self.zero in (Zero.OFFSET, Zero.MEAN):
+            return (x - zero) / scale
+        return torch.add(x / scale, zero)
 
-    def _from_unit(self, v: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        if self.grid.width > 1:
-            v = v.flatten(-2)
+    def from_unit(self, v: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Values that points ``v`` of the grid mean under steps and zeros that broadcast to them."""
         if self.zero is Zero.NONE:
             return v * scale
-        return torch.addcmul(zero, v, scale) if self.zero is Zero.OFFSET else (v - zero) * scale
+        if self.zero in (Zero.OFFSET, Zero.MEAN):
+            return torch.addcmul(zero, v, scale)
+        return (v - zero) * scale
 
     def encode(self, x: Tensor, params: Params, generator: torch.Generator | None = None) -> QTensor:
         """``x`` on the grid with given parameters, rounded to nearest, or stochastically with a generator."""
+        self.check(x.shape)
         if self.scale is None:
-            codes = self.code(x, torch.ones((), dtype=x.dtype, device=x.device), None, generator)
-            return QTensor(codes=codes, scale=None, zero=None, format=self, shape=x.shape)
-        self.block.check(x.shape)
-        x = x if x.dtype == torch.float64 else x.float()
-        scale = self._nonzero(value_of(params.scale)).to(x.dtype).unsqueeze(-1)
-        zero = None if params.zero is None else params.zero.to(x.dtype).unsqueeze(-1)
-        codes = self.code(self.block.split(x), scale, zero, generator)
-        shape = x.shape if self.grid.width == 1 else (*x.shape[:-1], x.shape[-1] // self.grid.width)
-        return QTensor(
-            codes=self.block.join(codes, shape),
-            scale=params.scale,
-            zero=params.zero,
-            format=self,
-            shape=x.shape,
-        )
+            codes = self._round(x, generator)
+        else:
+            x = x if x.dtype == torch.float64 else x.float()
+            scale = self._nonzero(value_of(params.scale)).to(x.dtype).unsqueeze(-1)
+            zero = None if params.zero is None else params.zero.to(x.dtype).unsqueeze(-1)
+            unit = self._to_unit(self.block.split(x), scale, zero)
+            codes = self._round(self.block.join(unit, x.shape), generator)
+        return QTensor(codes=codes, scale=params.scale, zero=params.zero, format=self, shape=x.shape)
 
     def quantize(self, x: Tensor, importance: Tensor | None = None) -> QTensor:
         """``encode(x, fit(x))``."""
@@ -241,18 +292,23 @@ class Format:
     def columns(self, params: Params, shape: torch.Size, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         """Step and zero that the given columns of a matrix [out, in] see: [out or 1, len(columns)], float."""
         scale = self.block.take(self._nonzero(value_of(params.scale)), shape, columns)
-        zero = None if params.zero is None else self.block.take(params.zero.to(scale.dtype), shape, columns)
-        return scale, zero
+        if params.zero is None:
+            return scale, None
+        zero = params.zero.to(scale.dtype)
+        return scale, zero.expand_as(scale) if self.zero is Zero.MEAN else self.block.take(
+            zero, shape, columns
+        )
 
     @property
     def rows_independent(self) -> bool:
         """True when rows of a matrix can be quantized apart with the same result: no block or scale spans
         rows.
         """
-        return isinstance(self.block, Channel | Group) and self.scale is not None and self.scale.scale is None
+        own = self.scale
+        local = own is not None and own.scale is None and self.zero is not Zero.MEAN
+        return local and isinstance(self.block, Channel | Group)
 
     # -- size
-    # ---------------------------------------------------------------------------------------------------
 
     def bits_per_weight(self, shape: torch.Size | tuple[int, ...]) -> float:
         """Stored bits per element of a tensor of ``shape``: codes, scales, zeros, to any depth; no data
@@ -262,7 +318,8 @@ class Format:
         bits = n // self.grid.width * self.grid.bits
         if self.scale is not None:
             blocks = self.block.scale_shape(shape)
-            bits += math.prod(blocks) * (self.scale.bits_per_weight(blocks) + self.zero_bits)
+            bits += math.prod(blocks) * self.scale.bits_per_weight(blocks)
+            bits += self.zero_bits * (1 if self.zero is Zero.MEAN else math.prod(blocks))
         return bits / n
 
     def __str__(self) -> str:
@@ -273,3 +330,12 @@ class Format:
         sizes = "x".join(str(v) for v in vars(self.block).values())
         kind = {Zero.NONE: "symmetric", Zero.INTEGER: "asymmetric"}.get(self.zero, f"{self.zero} zero")
         return f"{self.grid.name} {shape}{' ' + sizes if sizes else ''} {kind} ({self.scale} scales)"
+
+
+@functools.lru_cache(maxsize=256)
+def _unit_points(grid: Grid, symmetric: bool, reach: float) -> Tensor:
+    if grid.width > 1:
+        raise InputError(f"{grid.name} holds vectors of {grid.width}; its points do not lie on a line")
+    values = grid.value(grid.codes(), torch.float64)
+    points = torch.unique(values[values.isfinite()] + 0.0)
+    return points / reach if symmetric else 2 * (points - grid.min) / reach - 1

@@ -38,11 +38,12 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tensor that the codes mean, [*shape], computed in float32 and returned as ``dtype``."""
         block, scale = self.format.block, value_of(self.scale)
+        unit = self.format.unit_values(self.codes)
         if scale is None:
-            return self.format.grid.value(self.codes).reshape(self.shape).to(dtype)
+            return unit.to(dtype)
         scale = scale.float().unsqueeze(-1)
         zero = None if self.zero is None else self.zero.float().unsqueeze(-1)
-        blocks = self.format.decode(block.split(self.codes), scale, zero)
+        blocks = self.format.from_unit(block.split(unit), scale, zero)
         return block.join(blocks, self.shape).to(dtype)
 
     @property

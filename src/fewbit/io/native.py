@@ -97,7 +97,7 @@ def layout(format: Format, shape: Shape, prefix: str = "") -> dict[str, tuple[Sh
     if format.zero is Zero.INTEGER:
         out[f"{prefix}zero"] = (_packed_shape(blocks, format.grid.bits), torch.uint8)
     elif format.zero is not Zero.NONE:
-        out[f"{prefix}zero"] = (blocks, format.zero_dtype)
+        out[f"{prefix}zero"] = (() if format.zero is Zero.MEAN else blocks, format.zero_dtype)
     return out
 
 
