@@ -1,11 +1,12 @@
 """Recipes: every named one is data that survives YAML, and wrong names and settings are answered in words."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 
 from fewbit.errors import InputError
-from fewbit.format import BF16, Channel, Format, Group, Zero
+from fewbit.format import BF16, FORMATS, MSE, Channel, Format, Group, Zero
 from fewbit.grid import by_name
 from fewbit.recipe import RECIPES, Recipe, Rule, from_yaml, gptq, named, nf4, rtn
 from fewbit.solve import Ldlq, Need, Rtn
@@ -45,6 +46,8 @@ def test_settings_as_text_equal_settings_in_python():
         ("gptq", {"range": "best"}, "range='best' is unknown; choose one of absmax"),
         ("gptq", {"grid": "nf4", "symmetric": "false"}, "integer zero point needs an integer grid"),
         ("gptq", {"static_groups": "false"}, "g_idx"),
+        ("rtn", {"format": "mxfp5"}, "no block format named 'mxfp5'; did you mean mxfp"),
+        ("rtn", {"format": "mxfp4", "bits": "3"}, "format=mxfp4 settles bits, which is set to 3"),
         ("gptq", {"static_groups": "false", "act_order": "false", "scale": "e4m3"}, "static_groups=true"),
     ],
 )
@@ -61,6 +64,12 @@ def test_the_first_matching_rule_decides():
     assert recipe.rule_for("model.layers.0.mlp.down_proj") is recipe.rules[0]
     assert recipe.rule_for("model.layers.0.mlp.up_proj") is recipe.rules[1]
     assert recipe.rule_for("model.layers.1.mlp.up_proj") is recipe.rules[2]
+
+
+def test_a_named_format_is_complete_and_takes_another_range():
+    assert rtn(format="mxfp4").rules[0].weight == FORMATS["mxfp4"]
+    searched = gptq(format="nvfp4", range="mse").rules[0].weight
+    assert searched == replace(FORMATS["nvfp4"], range=MSE())
 
 
 def test_a_rule_asks_only_for_what_its_solver_and_range_need():

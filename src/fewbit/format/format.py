@@ -153,11 +153,12 @@ class Format:
         x = x if x.dtype == torch.float64 else x.float()
         mean = x.mean().to(self.zero_dtype) if self.zero is Zero.MEAN else None
         blocks = self.block.split(parent if self.range.of_parent else x if mean is None else x - mean)
-        if blocks.shape[-1] == 0:
-            raise InputError(f"tensor of shape {list(x.shape)} has empty blocks; there is no range to fit")
         if importance is not None:
             importance = self.block.split(importance.to(x.dtype).expand_as(x))
-        lo, hi = self.range(blocks, self, importance)
+        if blocks.shape[-1]:
+            lo, hi = self.range(blocks, self, importance)
+        else:  # an empty tensor with one step
+            lo = hi = blocks.new_zeros(blocks.shape[:-1])
         scale = self._store(self._step(lo, hi), x)
         zero = mean if self.zero is Zero.MEAN else self._offset(lo, self._nonzero(value_of(scale)))
         return Params(scale=scale, zero=zero)

@@ -19,15 +19,20 @@ def gptq(
     symmetric: bool = True,
     grid: str | None = None,
     zero: str = "integer",
-    range: str = "mse",
+    range: str = "auto",
     scale: str = "bf16",
     divisor: str = "full",
+    format: str | None = None,
     damp: float = 0.01,
     act_order: bool = True,
     static_groups: bool = True,
     lazy: int = 128,
 ) -> Recipe:
     """Every linear layer of the blocks by GPTQ, weights only (W4A16 by default)."""
-    fmt = weight_format(bits, grid, group_size, symmetric, zero, range, scale, divisor)
+    fmt = weight_format(
+        gptq, format, range, "mse",
+        bits=bits, grid=grid, group_size=group_size, symmetric=symmetric, zero=zero, scale=scale,
+        divisor=divisor,
+    )  # fmt: skip
     solver = Ldlq(damp=damp, act_order=act_order, static_groups=static_groups, lazy=lazy)
     return Recipe(name="gptq", rules=(Rule(match="*", weight=fmt, solver=solver),))

@@ -14,12 +14,17 @@ def rtn(
     symmetric: bool = True,
     grid: str | None = None,
     zero: str = "integer",
-    range: str = "minmax",
+    range: str = "auto",
     scale: str = "bf16",
     divisor: str = "edge",
+    format: str | None = None,
 ) -> Recipe:
     """Every linear layer of the blocks rounded to nearest, weights only."""
-    fmt = weight_format(bits, grid, group_size, symmetric, zero, range, scale, divisor)
+    fmt = weight_format(
+        rtn, format, range, "minmax",
+        bits=bits, grid=grid, group_size=group_size, symmetric=symmetric, zero=zero, scale=scale,
+        divisor=divisor,
+    )  # fmt: skip
     return Recipe(name="rtn", rules=(Rule(match="*", weight=fmt, solver=Rtn()),))
 
 

@@ -1,6 +1,13 @@
-"""The weight format that most recipes share: one grid, groups or rows, a range rule, a scale format."""
+"""The weight format that most recipes share: one grid, groups or rows, a range rule, a scale format.
+
+Or a block format of the literature by its name (``fewbit formats`` lists them), which settles all of these.
+"""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
 
 from fewbit.errors import InputError
 from fewbit.format import (
@@ -19,20 +26,44 @@ from fewbit.format import (
     MinMax,
     Percentile,
     PerTensor,
+    PowerOfTwo,
+    Scaling,
     Zero,
+    format_by_name,
 )
 from fewbit.grid import by_name
 
+AUTO = "auto"  # a named format's own range, otherwise the recipe's
 SCALE_NAMES = {
     "bf16": BF16, "fp16": FP16, "fp32": FP32, "e8m0": E8M0, "e4m3": E4M3_OVER_FP32, "double": DOUBLE_QUANT,
 }  # fmt: skip
 RANGE_NAMES = {
-    "absmax": AbsMax(), "minmax": MinMax(), "mse": MSE(), "mse-plain": MSE(weighted=False),
-    "percentile": Percentile(),
+    "absmax": AbsMax(), "minmax": MinMax(), "percentile": Percentile(), "mse": MSE(),
+    "mse-plain": MSE(weighted=False), "pow2": PowerOfTwo(),
+    **{f"pow2-{rule}": PowerOfTwo(rule=rule) for rule in Scaling},
 }  # fmt: skip
 
 
-def weight_format(
+def weight_format(recipe: Callable, format: str | None, range: str, default: str, **settings) -> Format:
+    """The Format that the settings of ``recipe`` name; ``default`` is the range that "auto" means there.
+
+    ``settings`` are those of `_built`. ``format`` names a block format instead; then they must be left at the
+    defaults of ``recipe``. Raises ``InputError`` naming the choices.
+    """
+    if format is None:
+        return _built(range=default if range == AUTO else range, **settings)
+    parameters = inspect.signature(recipe).parameters
+    changed = [key for key, value in settings.items() if value != parameters[key].default]
+    if changed:
+        raise InputError(
+            f"format={format} settles {changed[0]}, which is set to {settings[changed[0]]!r} too; leave it "
+            "out, or leave format out and give grid, group_size, scale and range"
+        )
+    found = format_by_name(format)
+    return found if range == AUTO else replace(found, range=choice("range", range, RANGE_NAMES))
+
+
+def _built(
     bits: int,
     grid: str | None,
     group_size: int,
@@ -42,10 +73,7 @@ def weight_format(
     scale: str,
     divisor: str,
 ) -> Format:
-    """The Format these settings name. ``group_size`` -1 is one scale per row, 0 one for the tensor.
-
-    ``grid`` overrides ``bits`` with any grid of ``fewbit formats``. Raises ``InputError`` naming the choices.
-    """
+    """``group_size`` -1 is one scale per row, 0 one for the tensor; ``grid`` overrides ``bits``."""
     return Format(
         grid=by_name(grid or f"int{bits}"),
         block={-1: Channel(), 0: PerTensor()}.get(group_size) or Group(group_size),
