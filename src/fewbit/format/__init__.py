@@ -1,9 +1,9 @@
 """Formats: the types of quantized tensors, the rules for their ranges, and the named ones."""
 
+from fewbit.format.aciq import ACIQ
 from fewbit.format.block import BLOCKS, Block, Block2d, Channel, Flat, Group, PerTensor, Token
 from fewbit.format.fit import (
     MSE,
-    RANGES,
     AbsMax,
     MinMax,
     Percentile,
@@ -24,11 +24,15 @@ from fewbit.format.named import (
     SCALES,
     format_by_name,
 )
+from fewbit.format.octav import OCTAV
+from fewbit.format.prior import Gaussian, Prior
 from fewbit.format.qtensor import QTensor, value_of
 
+RANGES = (AbsMax, MinMax, Percentile, MSE, PowerOfTwo, Progressive, Gaussian, ACIQ, OCTAV)
+
 __all__ = [
-    "BF16", "BLOCKS", "DOUBLE_QUANT", "E4M3_OVER_FP32", "E8M0", "FORMATS", "FP16", "FP32", "MSE", "RANGES",
-    "SCALES", "AbsMax", "Block", "Block2d", "Channel", "Divisor", "Flat", "Format", "Group", "MinMax",
-    "Params", "PerTensor", "Percentile", "PowerOfTwo", "Progressive", "QTensor", "Range", "Scaling", "Token",
-    "Zero", "format_by_name", "value_of",
+    "ACIQ", "BF16", "BLOCKS", "DOUBLE_QUANT", "E4M3_OVER_FP32", "E8M0", "FORMATS", "FP16", "FP32",
+    "MSE", "OCTAV", "RANGES", "SCALES", "AbsMax", "Block", "Block2d", "Channel", "Divisor", "Flat",
+    "Format", "Gaussian", "Group", "MinMax", "Params", "PerTensor", "Percentile", "PowerOfTwo", "Prior",
+    "Progressive", "QTensor", "Range", "Scaling", "Token", "Zero", "format_by_name", "value_of",
 ]  # fmt: skip

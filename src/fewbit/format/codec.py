@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 from fewbit.errors import InputError
+from fewbit.format import RANGES
 from fewbit.format.block import BLOCKS
-from fewbit.format.fit import RANGES
 from fewbit.format.format import Format
 from fewbit.grid import by_name
 from fewbit.grid.grid import Grid

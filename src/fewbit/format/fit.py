@@ -237,6 +237,3 @@ class Progressive(Range):
     def __call__(self, x, fmt, importance):
         a = x.abs().amax(-1) / self.protect * fmt.reach
         return -a, a
-
-
-RANGES = (AbsMax, MinMax, Percentile, MSE, PowerOfTwo, Progressive)

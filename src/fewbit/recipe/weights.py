@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from fewbit.errors import InputError
 from fewbit.format import (
+    ACIQ,
     BF16,
     DOUBLE_QUANT,
     E4M3_OVER_FP32,
@@ -18,10 +19,12 @@ from fewbit.format import (
     FP16,
     FP32,
     MSE,
+    OCTAV,
     AbsMax,
     Channel,
     Divisor,
     Format,
+    Gaussian,
     Group,
     MinMax,
     Percentile,
@@ -39,7 +42,8 @@ SCALE_NAMES = {
 }  # fmt: skip
 RANGE_NAMES = {
     "absmax": AbsMax(), "minmax": MinMax(), "percentile": Percentile(), "mse": MSE(),
-    "mse-plain": MSE(weighted=False), "pow2": PowerOfTwo(),
+    "mse-plain": MSE(weighted=False), "aciq": ACIQ(), "octav": OCTAV(), "gaussian": Gaussian(),
+    "pow2": PowerOfTwo(),
     **{f"pow2-{rule}": PowerOfTwo(rule=rule) for rule in Scaling},
 }  # fmt: skip
 
