@@ -26,6 +26,7 @@ Road not taken: peak rates. They depend on the board, the clock and 2:4 sparsity
 a table of them goes wrong sooner than it helps.
 """
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -82,9 +83,10 @@ NUMBER_TYPES: tuple[NumberType, ...] = (
     NumberType(name="TF32", holds=("tf32",), stored=False),
     NumberType(name="FP16", holds=("fp16",)),
     NumberType(name="BF16", holds=("bf16",)),
-    NumberType(name="INT8", holds=("int8", "uint8", "mxint8")),
+    NumberType(name="INT8", holds=("int8", "uint8", "q1.6", "q0.7", "q3.4", "mxint8")),
     NumberType(name="INT4", holds=("int4", "uint4")),
     NumberType(name="FP8", holds=("e4m3fn", "e5m2")),
+    NumberType(name="FP8 fnuz", holds=("e4m3fnuz", "e5m2fnuz")),
     NumberType(name="FP6", holds=("e3m2", "e2m3")),
     NumberType(name="FP4", holds=("e2m1",)),
     NumberType(name="MXFP8/6/4", holds=("mxfp8-e4m3", "mxfp8-e5m2", "mxfp6-e3m2", "mxfp6-e2m3", "mxfp4")),
@@ -97,7 +99,7 @@ _TURING = ("FP16", "INT8", "INT4")
 _AMPERE = ("TF32", "FP16", "BF16", "INT8", "INT4")
 _HOPPER = ("TF32", "FP16", "BF16", "INT8", "FP8")
 _BLACKWELL = (*_HOPPER, "FP6", "FP4", "MXFP8/6/4", "NVFP4")
-_MI300 = ("FP32", "TF32", "FP16", "BF16", "INT8", "FP8")
+_MI300 = ("FP32", "TF32", "FP16", "BF16", "INT8", "FP8", "FP8 fnuz")
 _MI350 = ("FP32", "FP16", "BF16", "INT8", "FP8", "FP6", "FP4", "MXFP8/6/4")
 _FP32 = ("FP32",)
 
@@ -146,7 +148,8 @@ FOOTNOTES: tuple[Footnote, ...] = (
     Footnote(
         type="FP8",
         gpus=("MI300",),
-        text="as e4m3fnuz and e5m2fnuz, not OCP's e4m3fn and e5m2: the same byte means half the value",
+        text="as e4m3fnuz and e5m2fnuz, in which a byte means half of what it means in e4m3fn and e5m2: "
+        "checkpoints are converted when they are loaded, the scale doubled",
     ),
     Footnote(
         type="MXFP8/6/4",
@@ -169,6 +172,15 @@ def support(number_type: NumberType, generation: Generation) -> Support:
     if number_type.name in generation.cores:
         return Support.CORES
     return Support.STORED if number_type.stored else Support.NONE
+
+
+def type_of(name: str) -> NumberType:
+    """The row for a named grid or block format; a row of its own where no GPU computes with its codes.
+
+    What a name ends in ("-even", "-dq", "-narrow") changes how codes are chosen, not how they multiply.
+    """
+    stem = re.sub(r"-(even|ceil|rceil|nearest|dq|narrow)$", "", name)
+    return next((each for each in NUMBER_TYPES if stem in each.holds), NumberType(name=name, holds=(name,)))
 
 
 def footnotes(number_type: NumberType, generation: Generation | None = None) -> tuple[int, ...]:

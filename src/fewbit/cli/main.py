@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from fewbit.cli import evaluate, generate, quantize, tables
+from fewbit.cli import evaluate, formats, generate, quantize, tables
 from fewbit.errors import InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -82,7 +82,7 @@ for _name, _command, _example in (
     ("eval", evaluate.evaluate, "fewbit eval out/smollm2-w4a16 --data wiki.txt --against smollm2"),
     ("generate", generate.generate, 'fewbit generate out/smollm2-w4a16 "The capital of France is"'),
     ("recipes", tables.recipes, "fewbit recipes gptq --set bits=3 > mine.yaml"),
-    ("formats", tables.formats, "fewbit formats --json"),
+    ("formats", formats.formats, "fewbit formats e4m3fn nf4 mxfp4"),
 ):
     app.command(_name, epilog=f"Example:  {_example}")(_command)
 

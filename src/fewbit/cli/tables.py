@@ -1,18 +1,15 @@
-"""``fewbit recipes`` and ``fewbit formats``: what there is to choose from."""
+"""``fewbit recipes``: the recipes there are to choose from."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from fewbit.cli import options
 from fewbit.cli.options import Json, Settings
 from fewbit.errors import InputError
-
-if TYPE_CHECKING:
-    from fewbit.grid import Description
 
 
 def recipes(
@@ -68,46 +65,3 @@ def _recipes() -> list[dict[str, Any]]:
 def _plain(value: object) -> str:
     """A default as --set takes it."""
     return {True: "true", False: "false", None: "none"}[value] if value in (True, False, None) else str(value)
-
-
-def formats(as_json: Json = False) -> None:
-    """List every named grid, at unit scale: what --set grid=NAME takes."""
-    from fewbit.cli.show import number, print_json, table
-    from fewbit.grid import GRIDS, describe
-
-    found = [describe(grid) for grid in GRIDS]
-    if as_json:
-        print_json({"formats": [_as_dict(each) for each in found]})
-        return
-    columns = (
-        "name",
-        ">bits",
-        ">max",
-        ">min normal",
-        ">subnormal",
-        ">epsilon",
-        ">range dB",
-        ">values",
-        "also",
-    )
-    rows = (
-        (
-            each.name,
-            str(each.bits),
-            number(each.max),
-            number(each.min_normal),
-            number(each.smallest_subnormal),
-            number(each.epsilon),
-            f"{each.dynamic_range_db:.1f}",
-            f"{each.distinct:,}",
-            ", ".join(each.specials),
-        )
-        for each in found
-    )
-    table(columns, rows, sys.stdout)
-
-
-def _as_dict(each: Description) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(each)
