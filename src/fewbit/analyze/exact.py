@@ -66,7 +66,7 @@ def _exponent(digits: str | None, text: str) -> int:
     if abs(exponent) > MOST_EXPONENT:
         raise InputError(
             f"the exponent of {text!r} is beyond +-{MOST_EXPONENT}; no format reaches past 2^128, so give a "
-            "smaller one"
+            "number of a smaller exponent"
         )
     return exponent
 
@@ -132,5 +132,6 @@ def short(x: Exact, width: int = 28) -> str:
     if len(text) <= width:
         return text
     first = Context(prec=12, rounding=ROUND_DOWN).divide(Decimal(x.numerator), Decimal(x.denominator))
-    digits, e, exponent = str(first).partition("E")
-    return f"{digits}...{e.lower()}{exponent}"
+    whole = Fraction(first) == x  # 1e39 has many digits and is told by few
+    digits, e, exponent = str(first.normalize() if whole else first).partition("E")
+    return f"{digits}{'' if whole else '...'}{e.lower()}{exponent}"

@@ -4,9 +4,9 @@
 
     squared error = sum_i (held_i - x_i)^2        SNR = 10 log10(sum_i x_i^2 / squared error)   [dB]
 
-Codes and steps are the library's own (`Format.quantize`, on float64); what they mean is computed in rationals.
-A format's block shape rarely tiles a handful of numbers: where it does not, all of them are one block, and
-``resized`` says so.
+Codes and steps are the library's own (`Format.quantize`, on float64); what they mean is computed in
+rationals. A format's block shape rarely tiles a handful of numbers: where it does not, all of them are one
+block, and ``resized`` says so.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def explain_block(numbers: Sequence[Exact], fmt: Format) -> BlockExplanation:
     width = fmt.grid.width
     if not numbers or len(numbers) % width:
         raise InputError(
-            f"a code of {fmt.grid.name} stands for {width} numbers, got {len(numbers)}; give a multiple of {width}"
+            f"a code of {fmt.grid.name} stands for {width} numbers, got {len(numbers)}; give a multiple of "
+            f"{width}"
         )
     given = [Fraction(x) for x in numbers]
     whole = _explain(given, fmt)
