@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from fewbit.cli import evaluate, formats, generate, quantize, tables
+from fewbit.cli import evaluate, explain, formats, generate, quantize, tables
 from fewbit.errors import InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -85,6 +85,7 @@ for _name, _command, _example in (
     ("formats", formats.formats, "fewbit formats e4m3fn nf4 mxfp4"),
 ):
     app.command(_name, epilog=f"Example:  {_example}")(_command)
+app.command("explain", epilog=explain.EPILOG, context_settings=explain.CONTEXT)(explain.explain)
 
 
 def run() -> None:
