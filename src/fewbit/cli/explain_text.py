@@ -169,7 +169,9 @@ def print_block(name: str, texts: list[str], each: BlockExplanation) -> None:
     fmt = each.format
     print(f"{len(texts)} numbers in {name}: elements {fmt.grid.name}, {fmt.grid.bits} bits each\n")
     if each.resized:
-        print(f"Its blocks do not tile {len(texts)} numbers, so here they are one block.")
+        print(f"Where its blocks do not tile {len(texts)} numbers, these are one block.")
+    if len(each.levels) > 1:
+        print("The outer scale is fitted to these numbers alone; in a tensor many blocks share it.")
     for i, level in enumerate(each.levels):
         what = "scale" if i == 0 else "times the scale above it"
         points = dict.fromkeys(f"{p.bits} = {short(p.value)}" for p in level.points)
