@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from fewbit.cli import evaluate, explain, formats, generate, quantize, tables
+from fewbit.cli import evaluate, explain, formats, generate, memory, quantize, tables
 from fewbit.errors import InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -81,6 +81,7 @@ for _name, _command, _example in (
     ("plan", quantize.plan, "fewbit plan smollm2 -r gptq --bits 3 --group-size 64"),
     ("eval", evaluate.evaluate, "fewbit eval out/smollm2-w4a16 --data wiki.txt --against smollm2"),
     ("generate", generate.generate, 'fewbit generate out/smollm2-w4a16 "The capital of France is"'),
+    ("memory", memory.memory, "fewbit memory smollm2 --context 8192 --batch 4"),
     ("recipes", tables.recipes, "fewbit recipes gptq --set bits=3 > mine.yaml"),
     ("formats", formats.formats, "fewbit formats e4m3fn nf4 mxfp4"),
 ):
