@@ -105,6 +105,10 @@ def test_an_unknown_name_is_answered_with_near_ones():
     with pytest.raises(InputError, match="no block format named 'nvfp5'; did you mean nvfp4"):
         format_by_name("nvfp5")
     assert format_by_name("NVFP4") is FORMATS["nvfp4"]
+    assert format_by_name("qoq-g64") == progressive(group=64)
+    assert format_by_name("mxfp4-even-g16") == mx("e2m1", rule=Scaling.EVEN, block=16)
+    with pytest.raises(InputError, match="no block format named 'mxfp4-gx'"):
+        format_by_name("mxfp4-gx")
 
 
 # -- each format against its definition --

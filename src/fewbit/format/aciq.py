@@ -27,7 +27,7 @@ from torch import Tensor
 from fewbit.errors import InputError
 from fewbit.format.block import Channel, Group
 from fewbit.format.fit import Range
-from fewbit.format.prior import Frame, Prior, best_clip, clip_blocks, half_points
+from fewbit.format.prior import SEGMENT, Frame, Prior, best_clip, clip_blocks, half_points
 from fewbit.format.qtensor import QTensor, value_of
 
 
@@ -87,11 +87,16 @@ class ACIQ(Range):
         factors = {p: (best_clip(two_sided, p), best_clip(half, p, True)) for p in Prior}
 
         def clip(frame: Frame) -> Tensor:
-            y = frame.magnitudes()
-            about_zero = frame.one_sided if not fmt.symmetric else torch.ones_like(frame.one_sided)
-            n = torch.where(about_zero, y.count_nonzero(-1), y.shape[-1]).clamp(min=1)
-            b = y.sum(-1, dtype=torch.float64) / n
-            sigma = (torch.linalg.vecdot(y, y).double() / n).sqrt()
+            n, total, squares = frame.top.new_zeros(3, len(frame.top), dtype=torch.float64)
+            for part in frame.x.split(SEGMENT, -1):
+                y = frame.magnitudes(part)
+                total += y.sum(-1)
+                squares += torch.linalg.vecdot(y, y)
+                n += y.sign_().sum(-1)  # a seventh of the time of count_nonzero on a CPU
+            if not fmt.symmetric:
+                n = torch.where(frame.one_sided, n, frame.x.shape[-1])
+            n = n.clamp(min=1)
+            b, sigma = total / n, (squares / n).sqrt()
             k = {p: torch.where(frame.one_sided, v[1], v[0]).double() for p, v in factors.items()}
             if self.prior is None:  # log-likelihood of an element: -ln(2 e b), -ln(sigma sqrt(2 pi e))
                 laplace = 2 * math.e * b < sigma * math.sqrt(2 * math.pi * math.e)

@@ -118,10 +118,10 @@ class Group(Block):
             # powers of two first: kernels take nothing else
             fits = [g for g in (128, 64, 32, 16, 96, 48, 8) if g < self.size and n % g == 0]
             hint = f"use --group-size {fits[0]}" if fits else "use -1 (one scale per row)"
+            named = f" (-g{fits[0]} after the name of a format)" if fits else ""
             raise InputError(
-                f"group size {self.size} does not divide the {n} input columns of {what}; {hint} or exclude "
-                "this "
-                "layer with a rule"
+                f"group size {self.size} does not divide the {n} input columns of {what}; {hint}{named} or "
+                "exclude this layer with a rule"
             )
 
     def scale_shape(self, shape):

@@ -19,6 +19,7 @@ and "-rceil" after them choose another `Scaling`.
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from types import MappingProxyType
 
 from fewbit.errors import InputError
@@ -97,7 +98,13 @@ FORMATS = MappingProxyType(_all())
 
 
 def format_by_name(name: str) -> Format:
-    """The block format of that name. Raises ``InputError`` that lists near names."""
+    """The block format of that name; "-g64" after it sets the block: "qoq-g64", "mxfp4-even-g16".
+
+    Raises ``InputError`` that lists near names.
+    """
+    base, dash, size = name.lower().rpartition("-g")
+    if dash and size.isdigit() and base in FORMATS:
+        return replace(FORMATS[base], block=replace(FORMATS[base].block, size=int(size)))
     found = FORMATS.get(name.lower())
     if found is None:
         near = difflib.get_close_matches(name.lower(), FORMATS, n=5, cutoff=0.4)

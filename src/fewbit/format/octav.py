@@ -34,10 +34,7 @@ from torch import Tensor
 
 from fewbit.errors import InputError
 from fewbit.format.fit import Range
-from fewbit.format.prior import Frame, Prior, best_clip, clip_blocks, half_points
-
-_SEGMENT = 1 << 16  # elements of one sum: temporaries stay in the cache, float32 sums stay exact to 1e-6
-
+from fewbit.format.prior import SEGMENT, Frame, Prior, best_clip, clip_blocks, half_points
 
 @dataclass(frozen=True, kw_only=True)
 class OCTAV(Range):
@@ -64,7 +61,7 @@ class OCTAV(Range):
 
         def clip(frame: Frame) -> Tensor:
             c, k = (torch.where(frame.one_sided, v[1], v[0]).double() for v in (constants, starts))
-            s, curvature, _ = recursion(frame.magnitudes(), c, k, self.steps)
+            s, curvature, _ = recursion(frame.magnitudes(frame.x), c, k, self.steps)
             return _refine(frame, s, curvature, self.refine)
 
         return clip_blocks(x, fmt, clip)
@@ -73,17 +70,17 @@ class OCTAV(Range):
 def recursion(y: Tensor, c: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor, int]:
     """The paper's fixed point. y: [N, n] in [0, 1]; c, start: [N] -> (s [N], J''(s) n / 2 [N], steps taken).
 
-    Begins at ``start`` times the mean of the non-zero y, or at the mean itself if nothing lies above that; where
+    Begins at ``start`` times the mean of the non-zero y, at most at 0.9, where something is left above; where
     nothing lies above s, s becomes the largest, 1. All-zero blocks get 0.
     """
-    nonzero = y.count_nonzero(-1).double()
-    mean = y.sum(-1, dtype=torch.float64) / nonzero.clamp(min=1)
-    s = torch.where(mean * start < 1, mean * start, mean)
-    for step in range(1, steps + 1):  # noqa: B007
+    total, nonzero = _tail(y, torch.zeros_like(c))
+    s = (start * total / nonzero.clamp(min=1)).clamp(max=0.9)
+    full = (nonzero > 0).double()
+    for step in range(1, steps + 1):
         excess, beyond = _tail(y, s)
         curvature = c * (nonzero - beyond) + beyond
-        new = torch.where(beyond > 0, (excess + s * beyond) / curvature, (nonzero > 0).double())
-        settled = ((new - s).abs() <= 1e-4 * new).all()
+        new = torch.where(beyond > 0, (excess + s * beyond) / curvature, full)
+        settled = ((new - s).abs() <= 1e-3 * new).all()
         s = new
         if settled:
             break
@@ -94,30 +91,39 @@ def _tail(y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of (y - s) over y > s, and their number: [N] float64."""
     excess, beyond = torch.zeros_like(s), torch.zeros_like(s)
     level = s.to(y.dtype).unsqueeze(-1)
-    for part in y.split(_SEGMENT, -1):
+    for part in y.split(SEGMENT, -1):
         over = (part - level).clamp_(min=0)
         excess += over.sum(-1)
-        beyond += over.count_nonzero(-1)
+        beyond += over.sign_().sum(-1)  # a seventh of the time of count_nonzero on a CPU
     return excess, beyond
 
 
 def _refine(frame: Frame, s: Tensor, curvature: Tensor, trials: int) -> Tensor:
     """The best of ``trials`` clips on the real grid, s first and then secant steps of at most s / 8; [N]."""
     best, least = s, torch.full_like(s, torch.inf)
-    centre, top = frame.centre.unsqueeze(-1), frame.top.unsqueeze(-1)
+    last = last_slope = s
     for trial in range(trials):
-        q = frame.fmt.round_trip(frame.x, *frame.interval(s)).sub_(centre).div_(top)
-        error = q - frame.z
-        slope = torch.linalg.vecdot(q, error).double() / s
-        loss = torch.linalg.vecdot(error, error).double()
+        slope, loss = _error(frame, s)
         best, least = torch.where(loss < least, s, best), torch.minimum(loss, least)
         if trial:
-            secant = (slope - before[1]) / (s - before[0])
+            secant = (slope - last_slope) / (s - last)
             curvature = torch.where(secant > 0, secant, curvature)
-        before = s, slope
+        last, last_slope = s, slope
         new = s - (slope / curvature).nan_to_num(0.0)
         s = new.clamp(s * 7 / 8, s * 9 / 8).clamp(max=1)
     return best
+
+
+def _error(frame: Frame, s: Tensor) -> tuple[Tensor, Tensor]:
+    """E'(s) / 2 and E(s) on the real grid, summed over the block: [N] float64."""
+    lo, hi = frame.interval(s)
+    slope, loss = torch.zeros_like(s), torch.zeros_like(s)
+    for part in frame.x.split(SEGMENT, -1):
+        q = frame.unit(frame.fmt.round_trip(part, lo, hi))
+        error = q - frame.unit(part)
+        slope += torch.linalg.vecdot(q, error)
+        loss += torch.linalg.vecdot(error, error)
+    return slope / s, loss
 
 
 def _gaussian_clip(points: Tensor) -> float:

@@ -28,6 +28,9 @@ from torch import Tensor
 from fewbit.errors import InputError
 from fewbit.format.fit import Range, Target
 
+# Elements worked on at once: temporaries stay in the cache, and float32 sums of them exact to 1e-6.
+SEGMENT = 1 << 17
+
 
 class Prior(StrEnum):
     """A distribution about zero with its parameter at 1."""
@@ -105,14 +108,13 @@ def half_points(fmt: Target) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """Blocks seen from their centre, in units of their largest magnitude; what clip rules work in.
+    """Blocks x [N, n] seen from their centre, in units of their largest magnitude: what clip rules work in.
 
-    z: [N, n], (x - centre) / top; centre, top: [N]; one_sided: [N], True where the interval is [0, s].
-    Symmetric formats have centre 0, affine ones the mean, or 0 where no element is negative (after a ReLU).
+    centre, top, low, high: [N]; one_sided: [N], True where the interval is [0, s]. Symmetric formats have
+    centre 0, affine ones the mean, or 0 where no element is negative (after a ReLU).
     """
 
     x: Tensor
-    z: Tensor
     centre: Tensor
     top: Tensor
     low: Tensor
@@ -123,7 +125,7 @@ class Frame:
     @staticmethod
     def of(x: Tensor, fmt: Target) -> Frame:
         """The frame of blocks x [N, n], float32 or float64."""
-        low, high = torch.aminmax(x, dim=-1)
+        low, high = x.amin(-1), x.amax(-1)  # twenty times as fast as aminmax along an axis on a CPU
         if fmt.symmetric:
             one_sided = torch.full_like(low, fmt.grid.min >= 0, dtype=torch.bool)
             centre = torch.zeros_like(low)
@@ -132,31 +134,33 @@ class Frame:
             one_sided = low >= 0
             centre = torch.where(one_sided, 0, x.mean(-1))
             top = torch.maximum(high - centre, centre - low)
-        top = torch.where(top > 0, top, 1)
-        z = (x if fmt.symmetric else x - centre.unsqueeze(-1)) / top.unsqueeze(-1)
-        return Frame(
-            x=x, z=z, centre=centre, top=top, low=low, high=high, one_sided=one_sided, fmt=fmt
-        )  # fmt: skip
+        top = top.clamp(min=torch.finfo(x.dtype).tiny)  # its inverse is finite
+        return Frame(x=x, centre=centre, top=top, low=low, high=high, one_sided=one_sided, fmt=fmt)
 
-    def magnitudes(self) -> Tensor:
-        """What a clip at s leaves beyond s, [N, n] in [0, 1]: |z|, and 0 where the grid has no negative point."""
-        return self.z.clamp(min=0) if self.fmt.symmetric and self.fmt.grid.min >= 0 else self.z.abs()
+    def unit(self, part: Tensor) -> Tensor:
+        """(x - centre) / top for some columns of x; a new tensor."""
+        part = part if self.fmt.symmetric else part - self.centre.unsqueeze(-1)
+        return part * self.top.reciprocal().unsqueeze(-1)
+
+    def magnitudes(self, part: Tensor) -> Tensor:
+        """|unit(part)| in [0, 1]; 0 for negative elements where the grid has no negative point."""
+        z = self.unit(part)
+        return z.clamp_(min=0) if self.fmt.symmetric and self.fmt.grid.min >= 0 else z.abs_()
 
     def interval(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """Clips s [N] in units of ``top`` -> (lo, hi) [N], never beyond the data."""
-        a = s.to(self.x.dtype) * self.top
+        a = s.clamp(max=1).to(self.x.dtype) * self.top
         if self.fmt.symmetric:
-            a = torch.minimum(a, self.top)
             return -a, a
         return torch.maximum(self.low, self.centre - a), torch.minimum(self.high, self.centre + a)
 
 
 def clip_blocks(x: Tensor, fmt: Target, clip: Callable[[Frame], Tensor]) -> tuple[Tensor, Tensor]:
-    """Intervals (lo, hi) [...] of blocks x [..., n] from a rule Frame -> s [N], a cacheful of blocks at a time."""
+    """Intervals (lo, hi) [...] of blocks x [..., n] from a rule Frame -> s [N], a cacheful at a time."""
     shape, n = x.shape[:-1], x.shape[-1]
     rows = (x if x.dtype == torch.float64 else x.float()).reshape(-1, n)
     ends = rows.new_empty(2, len(rows))
-    chunk = max(1, (1 << 16 if x.device.type == "cpu" else 1 << 24) // n)
+    chunk = max(1, (SEGMENT if x.device.type == "cpu" else 1 << 24) // n)
     for start in range(0, len(rows), chunk):
         frame = Frame.of(rows[start : start + chunk], fmt)
         lo, hi = frame.interval(clip(frame))
