@@ -130,7 +130,7 @@ def print_code(each: Explanation) -> None:
     grid, point = each.grid, each.held
     print(f"{hexadecimal(grid, point.code)} in {anatomy(each)}\n")
     for name, bits in point.parts:
-        print(f"{name:18}{bits:12}{_meaning(grid, name, bits)}".rstrip())
+        print(f"{name:18}{bits:12}{_meaning(each, name, bits)}".rstrip())
     if isinstance(grid, Float) and is_finite(point.value):
         fields = dict(point.parts)
         field = int(fields["exponent"], 2)
@@ -148,11 +148,14 @@ def print_code(each: Explanation) -> None:
         print_neighbours(each)
 
 
-def _meaning(grid: Grid, name: str, bits: str) -> str:
+def _meaning(each: Explanation, name: str, bits: str) -> str:
+    grid = each.grid
     if name == "sign":
         return "negative" if bits == "1" else "positive"
     if name == "exponent":
         field = int(bits, 2)
+        if not is_finite(each.held.value):
+            return f"{field}; the code as a whole is set apart"
         if field or not grid.zero:
             return f"{field}; less the bias {grid.bias}: {field - grid.bias}"
         return f"0: the first digit is 0 and the exponent that of field 1, {1 - grid.bias}"

@@ -77,7 +77,9 @@ def _print_cut(each: Explanation, walk: Walk) -> None:
     M = each.grid.mantissa_bits
     kept = f"{walk.kept >> M}.{walk.kept & (2**M - 1):0{M}b}" if M else f"{walk.kept}."
     follows = binary(walk.rest, EXTRA_BITS).partition(".")[2] or "0"
-    print(f"6. {M or 'No'} binary digits behind the point are kept: {kept} | {follows}")
+    print(
+        f"6. {M or 'No'} binary digit{'s are' if M > 1 else ' is'} kept behind the point: {kept} | {follows}"
+    )
     if walk.rest == 0:
         print("      Nothing follows, so nothing is lost.")
         return
