@@ -57,6 +57,7 @@ def test_negative_numbers_are_no_options(fewbit, number):
         (("1e-9", "--format", "e4m3fn"), "it is lost"),
         (("0", "--format", "e8m0"), "e8m0 has no zero"),
         (("-1", "--format", "ue4m3"), "ue4m3 has no sign"),
+        (("0.1", "--format", "micro1"), "0.1 is beyond the smallest value of micro1, 0.5, and becomes it"),
         (("nan", "--format", "int4"), "int4 has no code for NaN"),
         (("nan", "--format", "fp16"), "fp16 keeps it"),
         (("-0", "--format", "e4m3fnuz"), "so -0 becomes 0"),

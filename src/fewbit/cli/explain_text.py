@@ -48,7 +48,7 @@ def remarks(each: Explanation) -> list[str]:
         cast = "; a cast without saturation gives NaN" if each.cast is not None else ""
         said.append(f"{name} has no {lack}: {short(x)} becomes its smallest value, {held}{cast}")
     elif each.case is Case.SATURATED:
-        end = "largest" if x > 0 else "most negative"
+        end = "largest" if x > each.held.value else "smallest"
         said.append(f"{short(x)} is beyond the {end} value of {name}, {held}, and becomes it (saturation)")
         if each.cast is not None:
             lost = "Inf" if each.cast.value == each.cast.value else f"NaN, because {name} has no Inf"
