@@ -6,12 +6,12 @@ sigma), rounding plus clipping noise at clip alpha and M bits is (eq. 5 for Lapl
 
     E[(x - Q(x))^2] ~ 2 exp(-alpha) + alpha^2 / (3 4^M),        least at alpha exp(alpha) = 3 4^M     (eq. 6)
 
-so the best clip is a number times the parameter. `clip` and `noise` are these formulas. They describe 2^M bins
-whose clipped values come back exactly, 2^M + 1 points; the rule `ACIQ` takes the number for the real grid from
-`best_clip` instead, so it serves every grid. On 4 affine levels the paper's numbers clip at 1.71 sigma for 1.49.
+so the best clip is a number times the parameter. `clip` and `noise` are these formulas. They describe 2^M
+bins whose clipped values come back at alpha exactly, 2^M + 1 points; the rule `ACIQ` takes the number for the
+real grid from `best_clip`, so it serves every grid (4 affine levels: 1.49 sigma; the formula says 1.71).
 
-Road not taken: the prior that predicts the least error of the two (the "mix" of the paper's code); it compares
-predictions, and a wrong prior's is often the lower one. Likelihood compares the data with the priors.
+Road not taken: the prior whose predicted error is the lowest (the "mix" of the paper's code). That compares
+predictions with each other; the likelihood compares each prior with the data.
 
 Shapes: blocks x [..., n]; lo, hi [...]; alpha [C], one per channel; w [out, in].
 """
@@ -44,7 +44,7 @@ def noise(alpha: float, bits: int, prior: Prior, one_sided: bool = False) -> flo
 
 
 def clip(bits: int, prior: Prior, one_sided: bool = False) -> float:
-    """The alpha with the least ``noise`` (eq. 6): Newton for Lambert's W under Laplace, bisection under Gauss.
+    """The alpha with the least ``noise`` (eq. 6): Newton for Lambert's W (Laplace), bisection (Gauss).
 
     ``one_sided`` equals two-sided with one bit more. Raises ``InputError`` outside 1 to 16 bits.
     """
@@ -68,9 +68,9 @@ def clip(bits: int, prior: Prior, one_sided: bool = False) -> float:
 class ACIQ(Range):
     """The interval that is best for the grid if each block follows ``prior``; None: the likelier of the two.
 
-    Moments are about 0 for symmetric formats and about the mean for affine ones. Where an affine format meets a
-    block without negative elements (after a ReLU), the interval is [0, a] and the parameter that of the
-    distribution before the ReLU. Zeros are on such grids and are left out, except about a mean. The interval
+    Moments are about 0 for symmetric formats and about the mean for affine ones. Where an affine format meets
+    a block without negative elements (after a ReLU), the interval is [0, a] and the parameter that of the
+    distribution before the ReLU. Zeros cost nothing there and are left out, except about a mean. The interval
     never exceeds the data.
     """
 
@@ -108,18 +108,19 @@ class ACIQ(Range):
 
 
 def allocate(alpha: Tensor, bits: float) -> Tensor:
-    """Bits of each channel, int64 [C] in 0..8, with sum floor(C bits): bins in proportion to alpha^(2/3) (eq. 11).
+    """Bits of each channel, int64 [C] in 0..8 with sum floor(C bits): 2^M_i ~ alpha_i^(2/3) (eq. 11).
 
-    alpha: [C] >= 0, clips or standard deviations. Instead of searching the budget that rounding to whole bits
-    meets: M_i = round(t + 2/3 log2 alpha_i) takes its j-th bit at t = j - 1/2 - 2/3 log2 alpha_i, so the first
-    floor(C bits) of these thresholds are the bits. Raises ``InputError`` for a budget outside [0, 8] or alpha
-    that is negative or not finite.
+    alpha: [C] >= 0, clips or standard deviations. No search for the t with which M_i = round(t + 2/3 log2
+    alpha_i) meets the budget: channel i takes its j-th bit at t = j - 1/2 - 2/3 log2 alpha_i, so the least
+    floor(C bits) of these thresholds are the bits. Raises ``InputError`` for a budget outside [0, 8] or an
+    alpha that is negative or not finite.
     """
     if not 0 <= bits <= 8:
         raise InputError(f"an average of {bits} bits cannot be allocated; channels take 0 to 8")
     if alpha.ndim != 1 or not (torch.isfinite(alpha) & (alpha >= 0)).all():
         raise InputError(
-            f"allocation needs one finite clip >= 0 per channel, got {list(alpha.shape)} with minimum {alpha.min():g}"
+            f"allocation needs a vector of finite clips >= 0, one per channel, got shape {list(alpha.shape)} "
+            "with other values or sides"
         )
     steps = torch.arange(1, 9, device=alpha.device, dtype=torch.float64) - 0.5
     thresholds = steps - 2 / 3 * alpha.double().log2().unsqueeze(-1)  # [C, 8]; infinite for alpha = 0
@@ -129,18 +130,22 @@ def allocate(alpha: Tensor, bits: float) -> Tensor:
 
 
 def correct_bias(w: Tensor, q: QTensor, variance: bool = True) -> QTensor:
-    """``q`` with the mean and standard deviation of each row of ``w``, folded into scale and offset (eq. 12, 13).
+    """``q`` with the mean and standard deviation of each row of ``w``, in its scale and offset (eq. 12, 13).
 
         q' = xi (q - mean q) + mean w,   xi = std w / std q         xi = 1 without ``variance``
 
-    w: [out, in]. Exact up to the storage of scale and offset. Raises ``InputError`` for a format without offset
-    or with blocks that span rows.
+    w: [out, in]. Exact up to the storage of scale and offset. Raises ``InputError`` for a format without
+    offset or with blocks that span rows, and for weights of another shape.
     """
     fmt = q.format
     if fmt.zero != "offset" or not isinstance(fmt.block, Channel | Group):
         raise InputError(
-            f"bias correction moves each row's mean, which {fmt} cannot hold; use zero=offset with a channel or "
-            "group block"
+            f"bias correction moves each row's mean, which {fmt} cannot hold; use zero=offset with a channel "
+            "or group block"
+        )
+    if w.shape != q.shape:
+        raise InputError(
+            f"weights {list(w.shape)} are not those of codes {list(q.shape)}; give the originals"
         )
     w, now = w.double(), q.dequantize(torch.float64)
     if variance:

@@ -1,8 +1,8 @@
 """OCTAV: the clip with the least squared error, from the data alone, by a Newton recursion.
 
-Sakr, Dai, Venkatesan, Zimmer, Dally, Khailany 2022, "Optimal Clipping and Magnitude-aware Differentiation for
-Improved Quantization-aware Training", https://arxiv.org/abs/2206.06501. Rounding inside [-s, s] costs c s^2 an
-element, clipping (|x| - s)^2; zeros are on the grid and cost nothing:
+Sakr, Dai, Venkatesan, Zimmer, Dally, Khailany 2022, "Optimal Clipping and Magnitude-aware Differentiation
+for Improved Quantization-aware Training", https://arxiv.org/abs/2206.06501. Rounding inside [-s, s] costs
+c s^2 an element, clipping (|x| - s)^2; zeros are on the grid and cost nothing:
 
     J(s)    = c s^2 P(0 < |x| <= s) + E[(|x| - s)^2; |x| > s]
     s_{n+1} = E[|x|; |x| > s_n] / (c P(0 < |x| <= s_n) + P(|x| > s_n))
@@ -11,14 +11,14 @@ The paper has c = 4^-B / 3 for 2^B + 1 points on [-1, 1]; here c = gap^2 / 12 of
 not uniform (FP4, NF4) get the c with which the recursion finds their best clip on a normal distribution.
 
 Two things of the recursion are approximate: the density at s is dropped from J', and c s^2 is the noise of a
-smooth density in narrow cells. At 2 and 3 bits that shifts the clip by up to 7 %. So two secant steps on the true
+smooth density in narrow cells. At 2 bits that shifts the clip by up to 7 %. So secant steps on the true
 derivative follow, read from a round trip q of the block through the grid (dq/ds = q / s):
 
     E'(s) / 2 = sum_i q_i (q_i - x_i) / s
 
-and of all clips so visited the one with the least error stays. Road not taken: keeping the density term, c s^2
-p(s) / 2 with p(s) counted in a band around s. It is right for a normal distribution (0.9 % off at 2 bits), and
-wrong for Laplace (6.5 %), whose peak at 0 the noise model does not see either.
+and of all clips so visited the one with the least error stays. Road not taken: keeping the density term,
+c s^2 p(s) / 2 with p(s) counted in a band around s. It serves a normal distribution (0.9 % off at 2 bits) and
+fails Laplace (6.5 %), whose peak at 0 the noise model does not see either.
 
 Shapes: blocks x [..., n]; y = |x| over its maximum, [N, n]; s, c [N].
 """
@@ -36,12 +36,13 @@ from fewbit.errors import InputError
 from fewbit.format.fit import Range
 from fewbit.format.prior import SEGMENT, Frame, Prior, best_clip, clip_blocks, half_points
 
+
 @dataclass(frozen=True, kw_only=True)
 class OCTAV(Range):
     """The interval with the least mean squared error of each block, found in at most ``steps`` Newton steps.
 
-    Symmetric formats clip about 0, affine ones about the mean, or at [0, s] where no element is negative; never
-    beyond the data. ``refine`` round trips through the grid follow; 0 leaves the paper's fixed point.
+    Symmetric formats clip about 0, affine ones about the mean, or at [0, s] where no element is negative;
+    never beyond the data. ``refine`` round trips through the grid follow; 0 leaves the paper's fixed point.
     """
 
     steps: int = 10
@@ -70,19 +71,21 @@ class OCTAV(Range):
 def recursion(y: Tensor, c: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor, int]:
     """The paper's fixed point. y: [N, n] in [0, 1]; c, start: [N] -> (s [N], J''(s) n / 2 [N], steps taken).
 
-    Begins at ``start`` times the mean of the non-zero y, at most at 0.9, where something is left above; where
+    Begins at ``start`` times the mean of the non-zero y, at most at 0.9, where something is left above; if
     nothing lies above s, s becomes the largest, 1. All-zero blocks get 0.
     """
     total, nonzero = _tail(y, torch.zeros_like(c))
     s = (start * total / nonzero.clamp(min=1)).clamp(max=0.9)
     full = (nonzero > 0).double()
-    for step in range(1, steps + 1):
+    move = torch.zeros_like(s)
+    for step in range(1, steps + 1):  # noqa: B007 (returned)
         excess, beyond = _tail(y, s)
         curvature = c * (nonzero - beyond) + beyond
-        new = torch.where(beyond > 0, (excess + s * beyond) / curvature, full)
-        settled = ((new - s).abs() <= 1e-3 * new).all()
-        s = new
-        if settled:
+        last, move = move, torch.where(beyond > 0, (excess + s * beyond) / curvature, full) - s
+        # In a small block s can jump to and fro over one element: half a step back ends that.
+        move = torch.where(move * last < 0, move / 2, move)
+        s = s + move
+        if (move.abs() <= 1e-3 * s).all():
             break
     return s, curvature, step
 
@@ -131,7 +134,7 @@ def _gaussian_clip(points: Tensor) -> float:
 
 
 def noise_constant(points: Tensor) -> float:
-    """c of points [k] on [-1, 1] or [0, 1]: the mean squared rounding error is c s^2 on the interval [-s, s]."""
+    """c of points [k] on [-1, 1] or [0, 1]: rounding inside a clip at s costs c s^2 on average."""
     gaps = points.diff()
     if gaps.max() - gaps.min() < 1e-6 * gaps.max():
         return gaps[0].item() ** 2 / 12

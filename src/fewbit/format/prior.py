@@ -1,15 +1,15 @@
-"""Priors: the exact error of any grid under a Gaussian or Laplace distribution, and the clip that minimises it.
+"""Priors: the exact error of any grid under a Gaussian or Laplace distribution, and its best clip.
 
-    E(a) = sum_i integral over cell i of (x - a u_i)^2 p(x) dx      cells: between midpoints of neighbours a u_i
+    E(a) = sum_i integral over cell i of (x - a u_i)^2 p(x) dx      cells: between midpoints of the a u_i
 
 The integrals are partial moments of p and have closed forms, so E is exact for every grid u: narrow and full
 integers, FP4, NF4, Lloyd-Max points. Papers minimise a model instead (clipping noise + Delta^2 / 12 over 2^M
-bins), which no real grid obeys at 2 or 3 bits. The optimum scales with the distribution's one parameter, so it
-is one number per grid: ``best_clip``. `Gaussian` is the rule that follows when the data are known to be normal
-(after a Hadamard transform): QuEST, Panferov et al. 2025, https://arxiv.org/abs/2502.05003.
+bins), which no real grid obeys at 2 or 3 bits. The optimum scales with the distribution's one parameter, so
+it is one number per grid: `best_clip`. `Gaussian` is the rule that follows when the data are known to be
+normal (after a Hadamard transform): QuEST, Panferov et al. 2025, https://arxiv.org/abs/2502.05003.
 
-Road not taken: minimising E by golden section. E is flat there, so float64 leaves five digits of the clip; the
-root of E' has twelve.
+Road not taken: minimising E itself by golden section. Its minimum is flat, which leaves half of float64's
+digits; the root of E' keeps them.
 
 Shapes: u [k] points of the grid on [-1, 1] (or [0, 1]), float64; blocks x [..., n]; a, lo, hi [...].
 """
@@ -172,8 +172,8 @@ def clip_blocks(x: Tensor, fmt: Target, clip: Callable[[Frame], Tensor]) -> tupl
 class Gaussian(Range):
     """The interval that is best on average if each block is normal: rms(x) times one number of the grid.
 
-    Formats with a zero take the standard deviation, about the mean. Vector grids hold points for unit variance,
-    so there the step is the rms itself. The interval may exceed the data: it is the prior's, not theirs.
+    Formats with a zero take the standard deviation, about the mean. Vector grids hold points for unit
+    variance, so there the step is the rms itself. The interval may exceed the data: it is the prior's.
     """
 
     def __call__(self, x, fmt, importance):
