@@ -67,7 +67,8 @@ class Anatomy:
     """A model's counts.
 
     parameters: tied ones once; linears: shape [out, in] of every linear in the blocks; embedding: parameters
-    of the embeddings and the output head. ``cache`` is None where it is not modelled, and ``widths`` too;
+    of the embeddings and the output head; experts: parameters of experts stored as one tensor, which are no
+    linear layers. ``cache`` is None where it is not modelled, and ``widths`` too;
     ``cache_reason`` and ``widths_reason`` then say why. A model that
     keeps nothing between tokens (an encoder) has an empty cache.
     """
@@ -78,6 +79,7 @@ class Anatomy:
     linears: tuple[tuple[int, int], ...]
     blocks: int
     embedding: int
+    experts: int
     tied: bool
     vocabulary: int
     longest: int | None
@@ -117,6 +119,7 @@ def anatomy(source: Source) -> Anatomy:
         linears=shapes,
         blocks=len(blocks),
         embedding=sum(ends_parameters.values()),
+        experts=sum(p.numel() for b in blocks.modules for p in b.parameters() if p.ndim == 3),
         tied=len(ends) == 2 and len(ends_parameters) == 1,
         vocabulary=text.vocab_size,
         longest=getattr(text, "max_position_embeddings", None),

@@ -68,11 +68,14 @@ def _show_model(model: Anatomy, context: int, batch: int, caveat: str, stream: I
     ends = "the head tied to them" if model.tied else "head"
     rows = [
         ("model", f"{model.name}: {model.kind}, {_count(model.parameters)} parameters"),
-        ("", f"{_count(model.linear_parameters)} in the linear layers of {model.blocks} blocks, quantized"),
+        ("", f"{_count(model.linear_parameters)} in linear layers of {model.blocks} blocks, to be quantized"),
         ("", f"{_count(model.rest)} elsewhere, {_count(model.embedding)} of them embeddings and {ends}"),
         ("load", f"{context:,} tokens of context x {batch:,}"),
         ("cache", _cache_fact(model)),
     ]
+    if model.experts:
+        said = f"{_count(model.experts)} parameters are fused experts, which no scheme here quantizes"
+        rows.append(("mind", f"{said}: they count in 16 bits"))
     if model.widths is None:
         rows.append(("mind", f"{model.widths_reason}; the totals leave them out"))
     if caveat:
