@@ -30,9 +30,10 @@ term):
 (w: width of the norm; h, q, k, v, f, a: residual stream, queries, keys, values, hidden layer of the MLP,
 heads.) Behind the blocks: the last norm and input of the head, and 4 V for the log-probabilities in FP32 (V:
 vocabulary); while the loss is computed the logits are there in 16 and 32 bits as well, 6 V. With
-checkpointing each block keeps its input, 2 h, and one block at a time is computed again. FP8 halves the
-inputs that linears keep (q/k/v, gate/up, down); o's is a copy of its own then (1 q), because attention keeps
-its output in 16 bits. QAT keeps every linear input a second time, fake-quantized.
+checkpointing each block keeps its input, 2 h, and one block at a time is computed again, when what stood
+behind the blocks is gone. FP8 halves the inputs that linears keep (q/k/v, gate/up, down); o's is a copy of
+its own then (1 q), because attention keeps its output in 16 bits. QAT keeps every linear input a second time,
+fake-quantized.
 """
 
 from __future__ import annotations
@@ -147,13 +148,16 @@ def saved_behind(model: Anatomy) -> int:
 
 
 def activation_bytes(model: Anatomy, context: int, batch: int, inputs: Inputs) -> tuple[int, int] | None:
-    """(kept in full, with every block checkpointed), at the loss; None where they are not modelled."""
+    """(kept in full, with every block checkpointed), at their peak; None where they are not modelled.
+
+    In full the peak is at the loss; with checkpointing it is there, or later in the block computed again.
+    """
     if model.widths is None:
         return None
     block, tokens = saved_per_block(model.widths, inputs), context * batch
     behind = saved_behind(model) + 6 * model.vocabulary
-    checkpointed = model.blocks * 2 * model.widths.hidden + block
-    return tokens * (model.blocks * block + behind), tokens * (checkpointed + behind)
+    checkpointed = model.blocks * 2 * model.widths.hidden + max(block, behind)
+    return tokens * (model.blocks * block + behind), tokens * checkpointed
 
 
 def training(model: Anatomy, context: int, batch: int, rank: int = 64) -> tuple[Training, ...]:
