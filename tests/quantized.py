@@ -44,7 +44,7 @@ def int_format(
 
 # Every kind of Format: each grid, block shape, zero, scale dtype and nesting occurs.
 FORMATS = (
-    *(Format(grid=grid, block=Group(32), scale=FP32) for grid in GRIDS),
+    *(Format(grid=grid, block=Group(32), scale=FP32) for grid in GRIDS if 32 % grid.width == 0),
     *(int_format(bits, asymmetric=True, scale=FP16) for bits in range(1, 9)),
     *(
         int_format(4, block=b, scale=BF16)

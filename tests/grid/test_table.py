@@ -30,6 +30,7 @@ def test_round_is_the_brute_force_nearest(grid, n):
     middle = ((points[1:] + points[:-1]) / 2).float()
     beside = [torch.nextafter(middle, torch.tensor(s)) for s in (-torch.inf, torch.inf)]
     x = torch.cat([middle, *beside, 2.2 * grid.max * (torch.rand(n, generator=g) - 0.5)])
+    x = x[(x == 0) | (x.abs() > 1e-30)]  # beside a midpoint at 0 the distances of a denormal agree in float64
     assert torch.equal(grid.value(grid.round(x), torch.float64), brute_force(grid, x))
     assert torch.equal(grid.round(x), grid.round(x.double()))
 

@@ -6,10 +6,12 @@ An unnamed grid is one line: ``Table("ternary", (-1, 0, 1))`` or ``Float(name="e
 import difflib
 
 from fewbit.errors import InputError
+from fewbit.grid.fixed import FIXED, Fixed, parse_fixed
 from fewbit.grid.floating import FLOATS, Float, Specials
 from fewbit.grid.grid import Description, Grid, describe
 from fewbit.grid.integer import Int
-from fewbit.grid.table import TABLES, Table, dynamic_map, normal_quantiles
+from fewbit.grid.points import GAUSSIAN, Points
+from fewbit.grid.table import TABLES, Table, dynamic_map, lloyd_max, normal_quantiles
 
 INTEGERS: tuple[Int, ...] = (
     *(Int(bits) for bits in range(1, 9)),
@@ -17,7 +19,7 @@ INTEGERS: tuple[Int, ...] = (
     *(Int(bits, signed=False) for bits in range(1, 9)),
 )
 
-GRIDS: tuple[Grid, ...] = (*INTEGERS, *FLOATS, *TABLES)
+GRIDS: tuple[Grid, ...] = (*INTEGERS, *FIXED, *FLOATS, *TABLES, *GAUSSIAN)
 
 ALIASES: dict[str, str] = {
     "e4m3": "e4m3fn",
@@ -34,14 +36,17 @@ __all__ = [
     "ALIASES",
     "GRIDS",
     "Description",
+    "Fixed",
     "Float",
     "Grid",
     "Int",
+    "Points",
     "Specials",
     "Table",
     "by_name",
     "describe",
     "dynamic_map",
+    "lloyd_max",
     "normal_quantiles",
 ]
 
@@ -49,10 +54,11 @@ __all__ = [
 def by_name(name: str) -> Grid:
     """The grid of that name (case does not matter), e.g. "int4", "uint4", "e2m1", "nf4".
 
-    Raises InputError that lists the nearest names when there is none.
+    Fixed point of any split is named by it: "q2.5", "uq4.4" (`parse_fixed`), beside the ones listed. Raises
+    InputError that lists the nearest names when there is none.
     """
     key = str(name).lower()
-    grid = _BY_NAME.get(ALIASES.get(key, key))
+    grid = _BY_NAME.get(ALIASES.get(key, key)) or parse_fixed(key)
     if grid is None:
         near = difflib.get_close_matches(key, [*_BY_NAME, *ALIASES], n=5, cutoff=0.5)
         remedy = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(_BY_NAME)}"
