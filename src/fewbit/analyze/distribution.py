@@ -136,6 +136,20 @@ def weighted_samples(law: Distribution, n: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(x).float(), torch.from_numpy(weights)
 
 
+def weighted_vectors(law: Distribution, n: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """[n, width] float32 of independent coordinates and probabilities [n]: strata paired at random.
+
+    For one coordinate `weighted_samples` itself.
+    """
+    x, weights = weighted_samples(law, n)
+    if width == 1:
+        return x.unsqueeze(-1), weights
+    rng = np.random.default_rng(seed)
+    order = [torch.from_numpy(rng.permutation(n)) for _ in range(width)]
+    joint = torch.stack([weights[o] for o in order]).prod(0)
+    return torch.stack([x[o] for o in order], -1), joint / joint.sum()
+
+
 @functools.lru_cache(maxsize=4)
 def random_samples(law: Distribution, seed: int = 0, side: int = SIDE) -> Tensor:
     """[side, side] float32 in random order: one draw from each of side^2 strata of equal probability."""

@@ -35,7 +35,7 @@ from fewbit.analyze.distribution import (
     quantile,
     random_samples,
     strata,
-    weighted_samples,
+    weighted_vectors,
 )
 from fewbit.errors import InputError
 from fewbit.format import AbsMax, Flat, Format, Group, Zero, value_of
@@ -92,15 +92,15 @@ def points_of(grid: Grid) -> np.ndarray:
     return np.unique(values)
 
 
-def _least(loss, reach: float) -> tuple[float, float]:
-    """Step and loss at the least ``loss(steps [s]) -> [s]`` for ``reach * step`` from 0.3 to 300 sigma.
+def _least(loss, low: float, high: float, tries: int = 241, rounds: int = 5) -> tuple[float, float]:
+    """Step and loss at the least ``loss(steps [s]) -> [s]`` between the steps ``low`` and ``high``.
 
     A float's error has a minimum in every octave, so all are looked at before the best is refined.
     """
-    octaves = np.linspace(math.log2(0.3 / reach), math.log2(300 / reach), 241)
+    octaves = np.linspace(math.log2(low), math.log2(high), tries)
     best = octaves[np.argmin(loss(np.exp2(octaves)))]
     width = octaves[1] - octaves[0]
-    for _ in range(5):
+    for _ in range(rounds):
         near = np.linspace(best - width, best + width, 9)
         losses = loss(np.exp2(near))
         best, width = near[np.argmin(losses)], width / 4
@@ -110,7 +110,8 @@ def _least(loss, reach: float) -> tuple[float, float]:
 def best_expected(grid: Grid, law: Distribution) -> tuple[float, float]:
     """Best step of a scalar grid for data of this distribution, and the expected error there."""
     points = points_of(grid)
-    return _least(lambda steps: expected_error(steps[:, None] * points, law), np.abs(points).max())
+    reach = np.abs(points).max()
+    return _least(lambda steps: expected_error(steps[:, None] * points, law), 0.3 / reach, 300 / reach)
 
 
 def expected_block_error(fmt: Format, law: Distribution, total: int = SIDE**2) -> float | None:
@@ -126,7 +127,7 @@ def expected_block_error(fmt: Format, law: Distribution, total: int = SIDE**2) -
     if not isinstance(fmt.range, AbsMax | PowerOfTwo):
         return None
     n = fmt.block.size
-    v, weights = strata(1024)
+    v, weights = strata(2048)
     upper = -np.expm1(np.log(v) / n) / 2  # P(x > m) where P(max|x| <= m) = v
     m = -quantile(law, np.maximum(upper, 0.5 / total))
     blocks = torch.zeros(len(m), n)
@@ -145,34 +146,38 @@ def expected_block_error(fmt: Format, law: Distribution, total: int = SIDE**2) -
 
 
 def _snap(grid: Grid, x: Tensor, step: float) -> Tensor:
+    """x [n, width] on the grid."""
     middle = (grid.max + grid.min) / 2 if view_of(grid) is View.CENTRED else 0.0
-    u = x / step + middle
-    v = grid.snap(u) if grid.width == 1 else grid.snap(u.unflatten(-1, (-1, grid.width))).flatten(-2)
-    return (v - middle) * step
+    return (grid.snap(x / step + middle) - middle) * step
 
 
-def best_measured(grid: Grid, law: Distribution, n: int = 10**6, seed: int = 0) -> tuple[float, float]:
-    """Best step of a grid, searched on samples, and the mean squared error of all ``n`` samples there.
+def best_measured(grid: Grid, law: Distribution, n: int = 10**6) -> tuple[float, float]:
+    """Best step of a grid, searched on few samples, and its mean squared error there on ``n`` weighted ones.
 
-    Scalar grids are measured on weighted strata, vector grids on draws in random order (``seed``).
+    A vector grid, in which neighbouring values share a code, is given at most 2^18 vectors.
     """
-    if grid.width > 1:
-        x, weights = random_samples(law, seed).reshape(-1), None
-        x = x[: min(n, len(x)) // grid.width * grid.width]
-        some, some_weights = x[: 4096 * grid.width], None
-        reach = grid.max
-    else:
-        x, weights = weighted_samples(law, n)
-        some, some_weights = weighted_samples(law, 1 << 13)
+    few = 1 << 13
+    if grid.width > 1:  # each vector is compared with every point
+        n, few = min(n, 1 << 18), min(few, (1 << 23) >> grid.bits)
+    x, weights = weighted_vectors(law, n, grid.width)
+    some, some_weights = weighted_vectors(law, few, grid.width)
+    if grid.width == 1:
         reach = np.abs(points_of(grid)).max()
+        search = {"low": 0.3 / reach, "high": 300 / reach}
+    else:
+        search = {
+            "low": 0.5,
+            "high": 4.0,
+            "tries": 13,
+            "rounds": 2,
+        }  # points for variance 1; each try is dear
     if view_of(grid) is View.MAGNITUDE:
         x, some = x.abs(), some.abs()
 
-    def error(x: Tensor, weights: Tensor | None, step: float) -> float:
-        squares = (_snap(grid, x, step) - x).double().square()
-        return (squares.mean() if weights is None else squares @ weights).item()
+    def error(x: Tensor, weights: Tensor, step: float) -> float:
+        return ((_snap(grid, x, step) - x).double().square().mean(-1) @ weights).item()
 
-    step, _ = _least(lambda steps: np.array([error(some, some_weights, s) for s in steps]), reach)
+    step, _ = _least(lambda steps: np.array([error(some, some_weights, s) for s in steps]), **search)
     return step, error(x, weights, step)
 
 

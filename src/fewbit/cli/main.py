@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from fewbit.cli import evaluate, explain, formats, generate, memory, quantize, tables
+from fewbit.cli import evaluate, explain, formats, generate, memory, plot, quantize, tables
 from fewbit.errors import InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -87,6 +87,7 @@ for _name, _command, _example in (
 ):
     app.command(_name, epilog=f"Example:  {_example}")(_command)
 app.command("explain", epilog=explain.EPILOG, context_settings=explain.CONTEXT)(explain.explain)
+app.add_typer(plot.app, name="plot")
 
 
 def run() -> None:
