@@ -11,38 +11,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from enum import StrEnum
 
 from torch import Tensor
 
-from fewbit.format import Format, QTensor
+from fewbit.format import Format, Need, QTensor, Stats
 
 
 class SolverWarning(UserWarning):
     """A solver could not do exactly what was asked and says what it did."""
-
-
-class Need(StrEnum):
-    """A statistic of the inputs of a layer."""
-
-    GRAM = "gram"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """Calibration statistics of one layer's inputs x [tokens, in].
-
-    gram: H = X^T X / tokens [in, in] float32, or None when nothing asked for it; tokens: how many rows it
-    sums.
-    """
-
-    gram: Tensor | None = None
-    tokens: int = 0
-
-    @property
-    def importance(self) -> Tensor | None:
-        """Mean squared input of each column, diag(H) [in]."""
-        return None if self.gram is None else self.gram.diagonal()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,52 @@
+"""What calibration measured of the inputs x [tokens, in] of layers that read one tensor.
+
+Solvers, range rules and the choosers of transforms read it; each says which parts it needs (`Need`), and the
+loop gathers those and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from torch import Tensor
+
+
+class Need(StrEnum):
+    """A statistic of the inputs of a layer."""
+
+    GRAM = "gram"  # products of columns: [in, in]
+    COLUMNS = "columns"  # mean and largest magnitude, least and largest value of each column: [in]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Calibration statistics, float32; None where nothing asked for them.
+
+    gram: H = X^T X / tokens [in, in]; mean_abs, low, high [in]: mean |x|, min x and max x of each column;
+    tokens: how many rows were seen.
+    """
+
+    gram: Tensor | None = None
+    mean_abs: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
+    tokens: int = 0
+
+    @property
+    def importance(self) -> Tensor | None:
+        """Mean squared input of each column, diag(H) [in]."""
+        return None if self.gram is None else self.gram.diagonal()
+
+    @property
+    def abs_max(self) -> Tensor | None:
+        """Largest magnitude of each column [in]."""
+        return None if self.high is None else self.high.maximum(-self.low)
+
+    def divided(self, s: Tensor) -> Stats:
+        """The statistics of x / s, s [in] positive."""
+        over = lambda v: None if v is None else v / s  # noqa: E731
+        gram = None if self.gram is None else self.gram / s / s[:, None]
+        return replace(
+            self, gram=gram, mean_abs=over(self.mean_abs), low=over(self.low), high=over(self.high)
+        )
