@@ -35,5 +35,6 @@ __all__ = [
     "ACIQ", "BF16", "BLOCKS", "DOUBLE_QUANT", "E4M3_OVER_FP32", "E8M0", "FORMATS", "FP16", "FP32",
     "MSE", "OCTAV", "RANGES", "SCALES", "AbsMax", "Block", "Block2d", "Channel", "Divisor", "Flat",
     "Format", "Gaussian", "Group", "MinMax", "Need", "Params", "PerTensor", "Percentile", "PowerOfTwo",
-    "Prior", "Progressive", "QTensor", "Range", "Scaling", "Stats", "Token", "Zero", "format_by_name", "value_of",
+    "Prior", "Progressive", "QTensor", "Range", "Scaling", "Stats", "Token", "Zero", "format_by_name",
+    "value_of",
 ]  # fmt: skip
