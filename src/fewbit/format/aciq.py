@@ -37,7 +37,7 @@ def noise(alpha: float, bits: int, prior: Prior, one_sided: bool = False) -> flo
     ``one_sided``: per non-zero element of max(x, 0) on [0, alpha].
     """
     rounding = alpha**2 / (3 * 4 ** (bits + one_sided))
-    if prior is Prior.LAPLACE:
+    if prior == Prior.LAPLACE:
         return 2 * math.exp(-alpha) + rounding
     density = math.sqrt(2 / math.pi) * math.exp(-(alpha**2) / 2)
     return (alpha**2 + 1) * math.erfc(alpha / math.sqrt(2)) - alpha * density + rounding
@@ -51,7 +51,7 @@ def clip(bits: int, prior: Prior, one_sided: bool = False) -> float:
     if not 1 <= bits <= 16:
         raise InputError(f"a clip for {bits} bits is not tabled; use 1 to 16")
     c = 1 / (3 * 4 ** (bits + one_sided))
-    if prior is Prior.LAPLACE:
+    if prior == Prior.LAPLACE:
         alpha = math.log(1 / c)  # above the root: Newton on alpha + ln alpha = ln 1/c then converges
         for _ in range(20):
             alpha *= (1 - math.log(alpha * c)) / (1 + alpha)

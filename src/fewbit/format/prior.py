@@ -42,7 +42,7 @@ class Prior(StrEnum):
 def _moments(x: Tensor, prior: Prior) -> tuple[Tensor, Tensor, Tensor]:
     """Integrals of p, x p and x^2 p from -infinity to x: float64, infinities allowed."""
     finite = x.clamp(-1e3, 1e3)  # where p is 0 in float64
-    if prior is Prior.GAUSS:
+    if prior == Prior.GAUSS:
         p = torch.exp(-finite.square() / 2) / math.sqrt(2 * math.pi)
         below = torch.special.ndtr(finite)
         return below, -p, below - finite * p
@@ -149,8 +149,10 @@ class Frame:
 
     def interval(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """Clips s [N] in units of ``top`` -> (lo, hi) [N], never beyond the data."""
-        a = s.clamp(max=1).to(self.x.dtype) * self.top
+        a = s.to(self.x.dtype) * self.top
         if self.fmt.symmetric:
+            most = self.high.clamp(min=0) if self.fmt.grid.min >= 0 else torch.maximum(-self.low, self.high)
+            a = torch.minimum(a, most)
             return -a, a
         return torch.maximum(self.low, self.centre - a), torch.minimum(self.high, self.centre + a)
 
