@@ -33,7 +33,7 @@ from fewbit.nn.kvstore import empty, fixed_steps
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Steps:
-    """Fixed steps of the keys and of the values, one entry a layer; None for a layer that is left in float."""
+    """Fixed steps of the keys and of the values, one entry a layer; None for a layer left in float."""
 
     key: tuple[Tensor | None, ...]
     value: tuple[Tensor | None, ...]
@@ -58,7 +58,7 @@ class QuantizedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **keywords: Any
     ) -> tuple[Tensor, Tensor]:
-        """New states [b, h, l, d] in, all that attention reads [b, h, t, d] out: stored ones, then the new."""
+        """New states [b, h, l, d] in; out what attention reads, [b, h, t, d]: stored ones, then the new."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         states = (key_states, value_states)
