@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fewbit.errors import InputError
 from fewbit.grid.grid import Description, Grid, stochastic_round
+from fewbit.grid.integer import Int
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,8 @@ class Fixed(Grid):
         whole = self.bits - self.signed - self.fraction
         return f"{'' if self.signed else 'u'}q{whole}.{self.fraction}{'-narrow' if self.narrow else ''}"
 
-    @property
-    def lowest(self) -> int:
-        """The smallest code."""
-        return -(2 ** (self.bits - 1)) + self.narrow if self.signed else 0
-
-    @property
-    def highest(self) -> int:
-        """The largest code."""
-        return 2 ** (self.bits - self.signed) - 1
+    # The code is an integer of the same kinds, so its limits and its list are those of `Int`.
+    lowest, highest, _offset, _list = Int.lowest, Int.highest, Int._offset, Int._list
 
     @property
     def step(self) -> float:
@@ -101,13 +95,6 @@ class Fixed(Grid):
         """The inverse of `to_unsigned`, from any integer dtype."""
         return (u.to(torch.int32) - self._offset).to(self.code_dtype)
 
-    @property
-    def _offset(self) -> int:
-        return 2 ** (self.bits - 1) if self.signed else 0
-
-    def _list(self) -> range:
-        return range(self.lowest + self._offset, self.highest + self._offset + 1)
-
     def describe(self) -> Description:
         return Description(
             name=self.name,
@@ -134,8 +121,8 @@ def parse_fixed(name: str) -> Fixed | None:
     return Fixed(int(found[2]) + fraction + signed, fraction=fraction, signed=signed, narrow=bool(found[4]))
 
 
-Q1_6 = Fixed(8, fraction=6)  # the element of MXINT8: two's complement, in 1/64ths
-FIXED: tuple[Fixed, ...] = (
-    *(Q1_6, Fixed(8, fraction=7), Fixed(8, fraction=4), Fixed(8, fraction=8, signed=False)),
-    *(Fixed(16, fraction=15), Fixed(16, fraction=8)),
+FIXED = (
+    *(Fixed(8, fraction=n) for n in (6, 7, 4)),
+    *(Fixed(16, fraction=n) for n in (15, 8)),
+    parse_fixed("uq0.8"),
 )
