@@ -117,7 +117,7 @@ def speed() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     print("Printed by `OMP_NUM_THREADS=1 python benchmarks/range_search.py`. Clips and errors are divided by "
-          "those of the search. One thread of a shared machine; per tensor the search works outside the cache, "
+          "those of the search. One thread of a shared machine; per tensor the search leaves the cache, "
           "so compare OCTAV there with the search per channel too.\n")  # fmt: skip
     accuracy()
     speed()
