@@ -10,7 +10,7 @@ from fewbit.evaluate import Protocol
 from fewbit.io.text import EMBEDDED, HELD_OUT, Join
 from fewbit.stream.data import Calibration
 
-COMMANDS = ("quantize", "plan", "eval", "generate", "recipes", "formats")
+COMMANDS = ("quantize", "plan", "eval", "generate", "recipes", "formats", "plot", "explain", "memory")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
