@@ -10,12 +10,15 @@ from fewbit.evaluate import Protocol
 from fewbit.io.text import EMBEDDED, HELD_OUT, Join
 from fewbit.stream.data import Calibration
 
-COMMANDS = ("quantize", "plan", "eval", "generate", "recipes", "formats", "plot", "explain", "memory")
+COMMANDS = (
+    *("quantize", "plan", "eval", "generate", "recipes"),
+    *("formats", "explain", "memory", "plot points", "plot error"),
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_ends_with_an_example_of_the_command(fewbit, command):
-    ran = fewbit(command, "--help")
+    ran = fewbit(*command.split(), "--help")
     assert ran.code == 0
     assert ran.out.strip().splitlines()[-1].strip().startswith(f"Example:  fewbit {command} ")
 
@@ -28,7 +31,7 @@ def test_help_and_version_import_nothing_heavy():
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "[]"
-    assert all(f" {command} " in ran.stdout for command in COMMANDS)
+    assert all(f" {command.split()[0]} " in ran.stdout for command in COMMANDS)
 
 
 def test_version(fewbit):
