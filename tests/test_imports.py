@@ -65,13 +65,20 @@ def test_the_core_needs_torch_alone(folder):
                 assert name.split(".")[0] in allowed, f"{path.relative_to(SRC)} imports {name}"
 
 
+def code_lines(path):
+    """Lines that hold code: blank lines, comments and docstrings cost nothing."""
+    text = path.read_text()
+    prose = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            prose |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(bool(line.strip()) and line.strip()[0] != "#" for n, line in lines if n not in prose)
+
+
 def test_the_core_holds_its_line_budget():
-    lines = sum(
-        len(p.read_text().splitlines())
-        for folder in ("grid", "format", "transform", "solve")
-        for p in (SRC / folder).rglob("*.py")
-    )
-    assert lines < 3500
+    folders = (SRC / folder for folder in ("grid", "format", "transform", "solve"))
+    assert sum(code_lines(path) for folder in folders for path in folder.rglob("*.py")) < 3500
 
 
 def test_import_is_light():

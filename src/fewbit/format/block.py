@@ -10,6 +10,7 @@ set. Fitting, encoding and decoding are then the same three lines for every gran
 | Channel      | per-output-channel        | [out, 1]                     |
 | Token        | per-token (rows of X)     | [tokens, 1]                  |
 | Group(g)     | group along the input     | [out, in / g]                |
+| Columns(n)   | groups of input columns   | [in / n]                     |
 | Block2d(r,c) | 2-D block (FP8 128 x 128) | [out / r, in / c]            |
 | Flat(n)      | n consecutive elements    | [ceil(out * in / n)]         |
 
@@ -138,6 +139,39 @@ class Group(Block):
 
 
 @dataclass(frozen=True)
+class Columns(Block):
+    """``size`` neighbouring columns of all rows share a scale; scale [in / size].
+
+    Of activations [tokens, in] these are groups of embedding dimensions.
+    """
+
+    size: int
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise InputError(f"{self.size} columns are no group; use 1 (each its own) or more")
+
+    def check(self, shape, what="tensor"):
+        if len(shape) != 2 or shape[-1] % self.size:
+            raise InputError(
+                f"groups of {self.size} columns do not tile {what} of shape {list(shape)}; choose a size "
+                "that divides its columns"
+            )
+
+    def scale_shape(self, shape):
+        return (shape[-1] // self.size,)
+
+    def split(self, x):
+        return x.unflatten(-1, (-1, self.size)).transpose(0, 1).flatten(1)
+
+    def join(self, blocks, shape):
+        return blocks.unflatten(1, (-1, self.size)).transpose(0, 1).reshape(shape)
+
+    def take(self, p, shape, columns):
+        return p[columns // self.size][None]
+
+
+@dataclass(frozen=True)
 class Block2d(Block):
     """Tiles of ``rows`` x ``cols`` share a scale; scale [out / rows, in / cols]."""
 
@@ -202,4 +236,4 @@ class Flat(Block):
         return p[(rows * shape[1] + columns) // self.size]
 
 
-BLOCKS = (PerTensor, Channel, Token, Group, Block2d, Flat)
+BLOCKS = (PerTensor, Channel, Token, Group, Columns, Block2d, Flat)

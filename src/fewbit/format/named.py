@@ -81,7 +81,7 @@ def _all() -> dict[str, Format]:
         found[f"{table}-dq"] = bitsandbytes(table, double=True)
     elements = {
         "mxfp8-e4m3": "e4m3fn", "mxfp8-e5m2": "e5m2", "mxfp6-e2m3": "e2m3", "mxfp6-e3m2": "e3m2",
-        "mxfp4": "e2m1", "mxint8": "int8",
+        "mxfp4": "e2m1", "mxint8": "q1.6",
     }  # fmt: skip
     for name, element in elements.items():
         for rule in Scaling:
