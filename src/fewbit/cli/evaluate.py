@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fewbit.cli import options
+from fewbit.cli.kv import CHUNK, KV
 from fewbit.cli.options import Checkpoint, Device, Dtype, DtypeName, JoinName, Json, Verbose
 from fewbit.errors import InputError
 
@@ -43,6 +44,16 @@ def evaluate(
             metavar="S", help="Tokens between the starts of windows.", show_default="the window: no overlap"
         ),
     ] = None,
+    kv: KV = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            metavar="C",
+            help="Tokens of one call, which reads the keys and values of earlier calls from the cache; 1: "
+            "token by token.",
+            show_default=f"the window; {CHUNK} with --kv",
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="The original; adds KL divergence and top-1 agreement."),
@@ -58,6 +69,7 @@ def evaluate(
     hold the same one likeliest.
     """
     options.prepare(verbose)
+    from fewbit.cli.kv import cache_of
     from fewbit.cli.progress import Windows
     from fewbit.cli.show import print_json
     from fewbit.cli.size import bits_per_weight, parameters, size_bytes
@@ -67,8 +79,13 @@ def evaluate(
     from fewbit.io.load import load
     from fewbit.io.source import open_source
     from fewbit.io.text import Join, read_text
+    from fewbit.nn.kvcache import kv_format
 
-    protocol = Protocol(window=window, windows=windows or None, stride=stride, join=Join(join.value))
+    if kv is not None:
+        kv_format(kv)  # a wrong name is told before a model is loaded
+        chunk = min(CHUNK, window) if chunk is None else chunk
+    how = Join(join.value)
+    protocol = Protocol(window=window, windows=windows or None, stride=stride, join=how, chunk=chunk)
     where, kind = options.device_name(device), options.dtype_of(dtype)
     text = read_text(data)
     source = open_source(model)
@@ -79,10 +96,12 @@ def evaluate(
     options.note(f"loading {model}" + (f" and {against}" if against else ""))
     subject = load(model, where, kind)
     judge = None if against is None else load(against, where, kind)
-    found = run(subject, tokens, protocol, against=judge, progress=Windows(), data=text.name)
+    cache = None if kv is None else cache_of(kv, subject, source.tokenizer())
+    found = run(subject, tokens, protocol, against=judge, progress=Windows(), data=text.name, cache=cache)
     report = found.as_dict() | {
         "model": model,
         "against": against,
+        "kv": kv,
         "bits_per_weight": bits_per_weight(source),
         "size_bytes": size_bytes(source),
         "parameters": parameters(source),
@@ -124,12 +143,21 @@ def _show(found: Evaluation, report: dict) -> None:
     rows += [
         ("bits", f"{report['bits_per_weight']:.2f} per weight"),
         ("size", size(report["size_bytes"])),
+        *_cache_rows(found, report["kv"]),
         ("protocol", f"{found.windows} windows of {found.window} tokens, stride {found.stride}, join {join}"),
         ("", f"{found.tokens:,} tokens scored; +- is the standard error over windows"),
         ("text", found.data),
         ("run", f"{report['dtype']} on {report['device']}, {duration(found.seconds)}"),
     ]
     facts(rows, sys.stdout)
+
+
+def _cache_rows(found: Evaluation, kv: str | None) -> list[tuple[str, str]]:
+    """How the cache was used, and what it held."""
+    if found.chunk is None:
+        return []
+    each = found.cache_bytes / found.window
+    return [("KV cache", f"{kv or 'float'}, {each:,.0f} bytes per token, read every {found.chunk} tokens")]
 
 
 def _plus_minus(error: float | None) -> str:

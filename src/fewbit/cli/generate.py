@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fewbit.cli import options
+from fewbit.cli.kv import KV
 from fewbit.cli.options import Checkpoint, Device, Dtype, DtypeName, Json, Verbose
 from fewbit.errors import InputError
 
@@ -27,6 +28,7 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
     ] = False,
+    kv: KV = None,
     device: Device = None,
     dtype: Dtype = DtypeName.AUTO,
     as_json: Json = False,
@@ -39,15 +41,20 @@ def generate(
     options.prepare(verbose)
     import torch
 
+    from fewbit.cli.kv import cache_of
     from fewbit.cli.show import print_json
     from fewbit.io.load import load
     from fewbit.io.source import open_source
+    from fewbit.nn.kvcache import kv_format
 
+    if kv is not None:
+        kv_format(kv)  # a wrong name is told before a model is loaded
     where = options.device_name(device)
     tokenizer = open_source(checkpoint).tokenizer()
     ids = _prompt_ids(tokenizer, prompt, chat, checkpoint)
     model = load(checkpoint, where, options.dtype_of(dtype))
     _check(model, checkpoint, len(ids), max_new_tokens)
+    cache = None if kv is None else cache_of(kv, model, tokenizer)()
     given = torch.tensor([ids], device=where)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.inference_mode():
         torch.manual_seed(seed)
@@ -55,6 +62,7 @@ def generate(
         out = model.generate(
             input_ids=given,
             attention_mask=torch.ones_like(given),
+            past_key_values=cache,
             generation_config=_config(model, tokenizer, max_new_tokens, temperature),
         )[0].tolist()
         seconds = time.perf_counter() - start
@@ -72,12 +80,16 @@ def generate(
                 "seconds": seconds,
                 "tokens_per_second": new / seconds,
                 "device": where,
+                "kv": kv,
+                "cache_bytes": None if cache is None else cache.nbytes,
             }
         )
         return
     print(text.lstrip() if chat else prompt + text)
     sys.stdout.flush()
     options.note(f"{new} tokens in {seconds:.1f} s, {new / seconds:.1f} tokens/s on {where}")
+    if cache is not None:
+        options.note(f"KV cache {kv}: {cache.nbytes:,} bytes after {cache.get_seq_length()} tokens")
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, chat: bool, name: str) -> list[int]:

@@ -9,6 +9,11 @@ stride`` tokens of context and scores, after the first window, only the ``stride
 the last whole window are not scored. Figures of different windows, strides or joins must not be compared,
 so they are part of the result.
 
+One forward over a window never reads a cache of keys and values. With ``chunk``, a window goes through the
+model so many tokens at a time; a call attends to its own keys and values as they are and to those of earlier
+calls as the cache gives them back. ``chunk=1`` is decoding, token by token; 64 is much faster and nearly as
+strict. Compare a quantized cache with the float one under the same chunk.
+
 Logits become float32 log probabilities a few positions at a time: beside the logits themselves, memory is
 bounded by `CHUNK` whatever the vocabulary. Sums are kept in float64.
 
@@ -26,6 +31,7 @@ from torch import Tensor
 
 from fewbit.errors import InputError
 from fewbit.evaluate.divergence import kl_divergence, top1_agreement
+from fewbit.evaluate.forward import masked, predict
 from fewbit.io.text import Join, Text, join, token_ids
 
 CHUNK = 2**22  # float32 elements of log probabilities in flight: 16 MiB
@@ -33,7 +39,8 @@ CHUNK = 2**22  # float32 elements of log probabilities in flight: 16 MiB
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What is scored. ``windows``: at most so many (``None``: all); ``stride``: ``None`` means ``window``.
+    """What is scored. ``windows``: at most so many (``None``: all); ``stride``: ``None`` means ``window``;
+    ``chunk``: tokens of one call of the model, ``None`` for a whole window without a cache.
 
     The defaults suit a comparison of results with their original in a minute; published WikiText
     perplexities use ``window=2048, windows=None, join=Join.ROWS``.
@@ -43,6 +50,7 @@ class Protocol:
     windows: int | None = 12
     stride: int | None = None
     join: Join = Join.SOLID
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if type(self.window) is not int or self.window < 2:
@@ -56,6 +64,10 @@ class Protocol:
         if self.stride is not None and (type(self.stride) is not int or not 1 <= self.stride <= self.window):
             raise InputError(
                 f"the stride is {self.stride!r}: expected 1 to {self.window}, the window's length"
+            )
+        if self.chunk is not None and (type(self.chunk) is not int or not 1 <= self.chunk <= self.window):
+            raise InputError(
+                f"the chunk is {self.chunk!r}: expected 1 to {self.window} tokens, the window's length"
             )
         if not isinstance(self.join, Join):
             raise InputError(f"the join is {self.join!r}: expected Join.ROWS or Join.SOLID")
@@ -77,7 +89,7 @@ class Evaluation:
     ``perplexity``: None for a masked language model. ``nll``: its logarithm, nats per token. ``kl``: nats
     per token, KL(original || result). ``top1``: 0 to 1. The errors are standard errors of the mean over
     windows (None for one window). ``tokens``: scored positions. ``seconds``: wall time of the pass, the
-    original's included.
+    original's included. ``cache_bytes``: largest cache at the end of a window, None without a chunk.
     """
 
     data: str
@@ -85,6 +97,8 @@ class Evaluation:
     windows: int
     stride: int
     join: Join
+    chunk: int | None
+    cache_bytes: int | None
     tokens: int
     seconds: float
     perplexity: float | None
@@ -120,6 +134,7 @@ def evaluate(
     against: Callable[..., Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     data: str = "",
+    cache: Callable[[], Any] | None = None,
 ) -> Evaluation:
     """Score ``model`` on ``tokens`` [w, l] from `windows`, and compare it with the original ``against``.
 
@@ -127,14 +142,15 @@ def evaluate(
     ``logits`` [1, l, v]; modules run where they are and must be in evaluation mode. A masked language model
     (BERT) predicts no next token: it needs ``against``, is compared at all positions, and has no
     perplexity. ``progress(done, total)`` is called after each window; ``data`` names the text in the
-    result.
+    result. ``cache()`` makes an empty cache for a window, under a protocol with a chunk; without it the model
+    makes its own. The original runs whole windows, without a cache.
 
     Raises InputError for a window longer than the model's positions, a token outside its vocabulary, two
-    vocabularies of different size, and logits with NaN.
+    vocabularies of different size, logits with NaN, and a cache that would not be read.
     """
     if tokens.ndim != 2 or len(tokens) == 0 or tokens.shape[1] != protocol.window:
         raise InputError(f"tokens have the shape {list(tokens.shape)}: expected [windows, {protocol.window}]")
-    causal = not _masked(model)
+    causal = not masked(model)
     if not causal and against is None:
         raise InputError(
             f"{type(model).__name__} fills in masked words and has no perplexity: "
@@ -142,17 +158,23 @@ def evaluate(
         )
     for each in (model, against):
         _check(each, tokens)
+    if cache is not None and protocol.chunk is None:
+        raise InputError("a window in one call never reads a cache: give the protocol a chunk, such as 64")
+    if protocol.chunk is not None and not causal:
+        raise InputError(f"{type(model).__name__} sees both sides and has no cache: leave the chunk out")
 
     start = time.perf_counter()
-    rows = []
+    rows, held = [], None
     with torch.no_grad():
         for index, ids in enumerate(tokens):
             where = f"window {index + 1} of {len(tokens)}"
             first = protocol.first_scored(index)
             # A causal model's logits at t - 1 predict token t; a masked one's are all there is to compare.
             scored = slice(first - 1, -1) if causal else slice(None)
-            result = _logits(model, ids, where)[scored]
-            original = None if against is None else _logits(against, ids, where)[scored]
+            result, used = predict(model, ids, protocol.chunk, cache, where)
+            result = result[scored]
+            held = used if held is None else max(held, used)
+            original = None if against is None else predict(against, ids, None, None, where)[0][scored]
             rows.append(_score(result, ids[first:] if causal else None, original, where))
             if progress is not None:
                 progress(index + 1, len(tokens))
@@ -167,6 +189,8 @@ def evaluate(
         windows=len(tokens),
         stride=protocol.step,
         join=protocol.join,
+        chunk=protocol.chunk,
+        cache_bytes=held,
         tokens=int(total),
         seconds=seconds,
         perplexity=None if mean_nll is None else mean_nll.exp().item(),
@@ -210,30 +234,6 @@ def _log_probabilities(logits: Tensor, where: str) -> Tensor:
             "check the weights, or run it in float32"
         )
     return log
-
-
-def _logits(model: Callable[..., Any], ids: Tensor, where: str) -> Tensor:
-    """Logits [l, v] of one window."""
-    config = getattr(model, "config", None)
-    keywords = {"use_cache": False} if getattr(config, "use_cache", False) and not _masked(model) else {}
-    logits = getattr(model(input_ids=ids[None].to(_device(model)), **keywords), "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != (1, len(ids)):
-        got = "nothing" if logits is None else f"the shape {list(getattr(logits, 'shape', ()))}"
-        raise InputError(
-            f"{where}: {type(model).__name__} gives {got} for logits, expected [1, {len(ids)}, vocabulary]: "
-            "only a language model with its head can be evaluated"
-        )
-    return logits[0]
-
-
-def _masked(model: Callable[..., Any]) -> bool:
-    """Does the model fill in masked words, seeing both sides? The class name alone tells."""
-    return type(model).__name__.endswith("ForMaskedLM")
-
-
-def _device(model: Callable[..., Any]) -> torch.device:
-    tensors = model.parameters() if isinstance(model, torch.nn.Module) else ()
-    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
 
 def _check(model: Callable[..., Any] | None, tokens: Tensor) -> None:

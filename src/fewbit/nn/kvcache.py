@@ -151,6 +151,15 @@ class Part:
     residual: int
     sink: int
 
+    def check(self, head_dim: int) -> None:
+        """Raise ``InputError`` where groups along channels do not tile a head."""
+        block = None if self.format is None else self.format.block
+        if self.along is Along.CHANNELS and isinstance(block, Group) and head_dim % block.size:
+            raise InputError(
+                f"groups of {block.size} channels do not tile a head of {head_dim}; use groups of "
+                f"{math.gcd(block.size, head_dim)} (-g{math.gcd(block.size, head_dim)} after the name)"
+            )
+
     def coded(self, tokens: int) -> int:
         """How many of ``tokens`` tokens behind the sink are stored as codes."""
         if self.format is None:

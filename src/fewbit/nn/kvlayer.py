@@ -127,9 +127,8 @@ class QuantizedCache(Cache):
             if index in kv.skip:
                 left[index] = "skipped"
             elif type(layer) is not DynamicLayer:
-                left[index] = (getattr(layer, "is_sliding", False) and "sliding window") or type(
-                    layer
-                ).__name__
+                sliding = getattr(layer, "is_sliding", False)
+                left[index] = "sliding window" if sliding else type(layer).__name__
             else:
                 fixed = (None, None) if steps is None else (steps.key[index], steps.value[index])
                 layers[index] = QuantizedLayer(kv, *fixed)

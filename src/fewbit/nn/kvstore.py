@@ -42,8 +42,8 @@ class Store:
     """The keys, or the values, of one layer. Immutable: `append` returns the next state.
 
     head, tail: [b, h, *, d] float, the first and the newest tokens; codes: packed uint8, [b, h, n, bytes] or
-    along tokens [b, h, d, bytes]; scale: steps, or their codes where the steps have a grid; zero: offsets. The
-    last three are None while nothing is coded. steps: fixed steps, not counted in `nbytes`.
+    along tokens [b, h, d, bytes]; scale: steps, or their codes where the steps have a grid; zero: offsets.
+    These three are None while nothing is coded. steps: fixed steps, not counted in `nbytes`.
     """
 
     part: Part
@@ -85,7 +85,6 @@ class Store:
         """Tokens ``x`` [b, h, n, d] behind those that are coded already."""
         fmt, along = self.part.format, self.part.along
         seen = view(x, along)
-        fmt.check(seen.shape, f"keys or values with {x.shape[-1]} channels a head")
         q = fmt.encode(seen, fmt.fit(seen) if self.steps is None else Params(scale=self.steps, zero=None))
         fields = fmt.grid.to_unsigned(q.codes)
         if along is Along.HEADS:
@@ -133,7 +132,11 @@ class Store:
 
 
 def empty(part: Part, like: Tensor, steps: Tensor | None = None) -> Store:
-    """A store without tokens, for tensors such as ``like`` [b, h, t, d]."""
+    """A store without tokens, for tensors such as ``like`` [b, h, t, d].
+
+    Raises ``InputError`` where the format does not suit a head of d channels, or steps are missing.
+    """
+    part.check(like.shape[-1])
     if part.format is not None and is_static(part.format) and steps is None:
         raise InputError(f"{part.format} needs steps that are found beforehand; call kvlayer.calibrate")
     nothing = like[..., :0, :].clone()
