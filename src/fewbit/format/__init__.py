@@ -6,6 +6,7 @@ from fewbit.format.fit import (
     MSE,
     AbsMax,
     MinMax,
+    OutputMSE,
     Percentile,
     PowerOfTwo,
     Progressive,
@@ -29,12 +30,12 @@ from fewbit.format.prior import Gaussian, Prior
 from fewbit.format.qtensor import QTensor, value_of
 from fewbit.format.stats import Need, Stats
 
-RANGES = (AbsMax, MinMax, Percentile, MSE, PowerOfTwo, Progressive, Gaussian, ACIQ, OCTAV)
+RANGES = (AbsMax, MinMax, Percentile, MSE, OutputMSE, PowerOfTwo, Progressive, Gaussian, ACIQ, OCTAV)
 
 __all__ = [
     "ACIQ", "BF16", "BLOCKS", "DOUBLE_QUANT", "E4M3_OVER_FP32", "E8M0", "FORMATS", "FP16", "FP32",
     "MSE", "OCTAV", "RANGES", "SCALES", "AbsMax", "Block", "Block2d", "Channel", "Divisor", "Flat",
-    "Format", "Gaussian", "Group", "MinMax", "Need", "Params", "PerTensor", "Percentile", "PowerOfTwo",
-    "Prior", "Progressive", "QTensor", "Range", "Scaling", "Stats", "Token", "Zero", "format_by_name",
-    "value_of",
+    "Format", "Gaussian", "Group", "MinMax", "Need", "OutputMSE", "Params", "PerTensor", "Percentile",
+    "PowerOfTwo", "Prior", "Progressive", "QTensor", "Range", "Scaling", "Stats", "Token", "Zero",
+    "format_by_name", "value_of",
 ]  # fmt: skip

@@ -59,6 +59,11 @@ class Params:
     scale: Tensor | QTensor | None
     zero: Tensor | None
 
+    def to(self, device: torch.device | str) -> Params:
+        """The same on another device."""
+        moved = (None if p is None else p.to(device) for p in (self.scale, self.zero))
+        return Params(scale=next(moved), zero=next(moved))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
@@ -84,6 +89,11 @@ class Format:
             raise InputError(
                 f"an integer zero point needs an integer grid, got {self.grid.name}; use Zero.OFFSET or "
                 "Zero.FLOAT"
+            )
+        if self.range.of_products and not isinstance(self.block, Channel | Group):
+            raise InputError(
+                f"range {type(self.range).__name__} needs blocks within a row, Group(n) or Channel(), got "
+                f"{self.block}; use MSE"
             )
 
     # -- what range rules may ask
@@ -137,9 +147,9 @@ class Format:
     def fit(self, x: Tensor, importance: Tensor | None = None, parent: Tensor | None = None) -> Params:
         """Steps and zeros for ``x`` (float, any shape the block tiles).
 
-        importance: [in], the weight of an error in each column (diag of the Gram matrix), used by range rules
-        that want it. parent: when ``x`` are the steps of another tensor, that tensor. Raises ``InputError``
-        for NaN or Inf, and where the block does not tile ``x``.
+        importance: [in], the weight of an error in each column (diag of the Gram matrix), or the Gram matrix
+        [in, in] itself; used by range rules that want it. parent: when ``x`` are the steps of another
+        tensor, that tensor. Raises ``InputError`` for NaN or Inf, and where the block does not tile ``x``.
         """
         if self.scale is None:
             return Params(scale=None, zero=None)
@@ -154,7 +164,7 @@ class Format:
         mean = x.mean().to(self.zero_dtype) if self.zero is Zero.MEAN else None
         blocks = self.block.split(parent if self.range.of_parent else x if mean is None else x - mean)
         if importance is not None:
-            importance = self.block.split(importance.to(x.dtype).expand_as(x))
+            importance = self._importance(importance.to(x.dtype), x, blocks.shape[-1])
         if blocks.shape[-1]:
             lo, hi = self.range(blocks, self, importance)
         else:  # an empty tensor with one step
@@ -162,6 +172,14 @@ class Format:
         scale = self._store(self._step(lo, hi), x)
         zero = mean if self.zero is Zero.MEAN else self._offset(lo, self._nonzero(value_of(scale)))
         return Params(scale=scale, zero=zero)
+
+    def _importance(self, importance: Tensor, x: Tensor, n: int) -> Tensor:
+        """What the range rule reads: a weight for each element, or the products of each block's columns."""
+        if not self.range.of_products:
+            weights = importance if importance.ndim == 1 else importance.diagonal()
+            return self.block.split(weights.expand_as(x))
+        gram = importance if importance.ndim == 2 else importance.diag()
+        return torch.stack([gram[i : i + n, i : i + n] for i in range(0, x.shape[-1], n)])
 
     def _step(self, lo: Tensor, hi: Tensor) -> Tensor:
         """Unrounded step for [lo, hi]; 0 for a block that is all zero, or constant with OFFSET."""

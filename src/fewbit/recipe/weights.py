@@ -27,6 +27,7 @@ from fewbit.format import (
     Gaussian,
     Group,
     MinMax,
+    OutputMSE,
     Percentile,
     PerTensor,
     PowerOfTwo,
@@ -42,8 +43,8 @@ SCALE_NAMES = {
 }  # fmt: skip
 RANGE_NAMES = {
     "absmax": AbsMax(), "minmax": MinMax(), "percentile": Percentile(), "mse": MSE(),
-    "mse-plain": MSE(weighted=False), "aciq": ACIQ(), "octav": OCTAV(), "gaussian": Gaussian(),
-    "pow2": PowerOfTwo(),
+    "mse-plain": MSE(weighted=False), "output": OutputMSE(), "aciq": ACIQ(), "octav": OCTAV(),
+    "gaussian": Gaussian(), "pow2": PowerOfTwo(),
     **{f"pow2-{rule}": PowerOfTwo(rule=rule) for rule in Scaling},
 }  # fmt: skip
 

@@ -89,7 +89,7 @@ def ldlq(w: Tensor, h: Tensor, fmt: Format, how: Ldlq) -> QTensor:
     """
     width, n = fmt.grid.width, w.shape[1]
     diagonal = h.diagonal()
-    params = fmt.fit(w, diagonal)
+    params = fmt.fit(w, h)
     order = torch.arange(n, device=w.device)
     if how.act_order:  # whole vectors of `width` columns move together
         order = diagonal.unflatten(0, (-1, width)).sum(-1).argsort(descending=True, stable=True)
@@ -110,7 +110,7 @@ def ldlq(w: Tensor, h: Tensor, fmt: Format, how: Ldlq) -> QTensor:
             first, (s, z) = start, _rows(fmt, params, w.shape, order[start:stop])
         for i in range(start, stop, width):
             if not how.static_groups and i % group == 0:
-                own = fmt.fit(block[i - start : i - start + group].t(), diagonal[i : i + group])
+                own = fmt.fit(block[i - start : i - start + group].t(), h[i : i + group, i : i + group])
                 first, (s, z) = i, _rows(fmt, own, (w.shape[0], group), order[:group])
                 scales.append(own.scale)
                 zeros.append(own.zero)

@@ -1,7 +1,7 @@
 """Round to nearest: the baseline of every table.
 
-Fits each block's range and rounds each weight on its own. With a range rule that is weighted by diag(H) it
-uses that, when the calibration gathered it; it never asks for data by itself.
+Fits each block's range and rounds each weight on its own. With a range rule that is weighted by H or
+diag(H) it uses that, when the calibration gathered it; it never asks for data by itself.
 """
 
 from __future__ import annotations
@@ -20,4 +20,4 @@ class Rtn(Solver):
         return frozenset()
 
     def __call__(self, w, stats, fmt):
-        return fmt.quantize(w, stats.importance)
+        return fmt.quantize(w, stats.gram)
