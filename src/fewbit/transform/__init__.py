@@ -1,6 +1,14 @@
-"""Transforms: invertible linear maps along one axis."""
+"""Transforms: invertible linear maps along one axis, and what chooses them."""
 
+from fewbit.transform.awq import Awq
+from fewbit.transform.chooser import Chooser, Kind, Reader, shared
 from fewbit.transform.hadamard import Hadamard, hadamard_matrix
 from fewbit.transform.maps import Diagonal, Map, Orthogonal, Permutation, Product, gram
+from fewbit.transform.smooth import Smooth
 
-__all__ = ["Diagonal", "Hadamard", "Map", "Orthogonal", "Permutation", "Product", "gram", "hadamard_matrix"]
+CHOOSERS = (Smooth, Awq)
+
+__all__ = [
+    "CHOOSERS", "Awq", "Chooser", "Diagonal", "Hadamard", "Kind", "Map", "Orthogonal", "Permutation",
+    "Product", "Reader", "Smooth", "gram", "hadamard_matrix", "shared",
+]  # fmt: skip
