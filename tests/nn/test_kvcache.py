@@ -330,6 +330,16 @@ def test_calibrated_steps_are_the_largest_of_the_windows(name):
         calibrate(model, ids, kv_format("kivi4"))
 
 
+def test_keys_and_values_in_formats_of_their_own():
+    model, ids = tiny("qwen3"), tiny_ids(2, 40)  # heads of 32
+    mixed = replace(kv_format("kivi2-r32"), value=format_by_name("mxfp4"), skip=(1,))
+    cache = QuantizedCache(model.config, mixed)
+    feed(model, ids, cache, [40])
+    assert cache.layers[0].nbytes == mixed.nbytes(2, 2, 40, 32, torch.float32)
+    keys, values = (store.nbytes for store in cache.layers[0].stores)
+    assert (keys, values) == (2 * 2 * 32 * (32 * 3 / 8 + 8 * 4), 2 * 2 * 32 * (8 * 4.25 / 8 + 32 * 4))
+
+
 def test_names_carry_settings():
     assert kv_format("kivi4") == kivi(4) == kv_format("KIVI4-g32-r128")
     assert kv_format("kivi2-r32-s4") == kivi(2, residual=32, sink=4)
