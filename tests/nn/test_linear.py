@@ -131,7 +131,7 @@ def test_blocks_of_every_shape_run():
 def test_pick_takes_the_first_that_supports_the_case():
     calls = []
 
-    def supports(device, fmt, dtype):
+    def supports(device, fmt, dtype, activation):
         calls.append((device, fmt, dtype))
         return dtype == torch.bfloat16
 

@@ -15,12 +15,13 @@ from enum import StrEnum
 
 from fewbit.errors import InputError
 from fewbit.format import RANGES
+from fewbit.format.activation import Activation
 from fewbit.format.block import BLOCKS
 from fewbit.format.format import Format
 from fewbit.grid import by_name
 from fewbit.grid.grid import Grid
 
-FORMAT_CLASSES = (Format, *BLOCKS, *RANGES)
+FORMAT_CLASSES = (Format, Activation, *BLOCKS, *RANGES)
 
 
 def to_plain(value: object) -> object:

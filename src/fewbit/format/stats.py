@@ -17,6 +17,7 @@ class Need(StrEnum):
 
     GRAM = "gram"  # products of columns: [in, in]
     COLUMNS = "columns"  # mean and largest magnitude, least and largest value of each column: [in]
+    SAMPLE = "sample"  # some of the rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +25,16 @@ class Stats:
     """Calibration statistics, float32; None where nothing asked for them.
 
     gram: H = X^T X / tokens [in, in]; mean_abs, low, high [in]: mean |x|, min x and max x of each column;
-    tokens: how many rows were seen.
+    sample [rows, in]: evenly chosen tokens; batches [batches, 2]: least and largest value of each; tokens: how
+    many rows were seen.
     """
 
     gram: Tensor | None = None
     mean_abs: Tensor | None = None
     low: Tensor | None = None
     high: Tensor | None = None
+    sample: Tensor | None = None
+    batches: Tensor | None = None
     tokens: int = 0
 
     @property

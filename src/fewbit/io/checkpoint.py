@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import InputError, WriteError
-from fewbit.format.format import Format
+from fewbit.format.format import Format, Params
 from fewbit.format.qtensor import QTensor
-from fewbit.io import compressed_tensors, native
+from fewbit.io import compressed_tensors, inputs, native
 from fewbit.io.native import Entry
 from fewbit.io.source import SafetensorsSource, TensorInfo
 
@@ -83,6 +83,12 @@ class Checkpoint(SafetensorsSource):
         entry = self.entries[module]
         return self._codec.from_dict(module, super().read(self._parts[module]), entry.format, entry.shape)
 
+    def read_input(self, module: str) -> Params | None:
+        """Static steps of the input of ``module``, on the CPU; None where it is dynamic or not quantized."""
+        entry = self.entries[module]
+        names = [f"{module}.{n}" for n in inputs.layout(entry.activation, entry.shape[1])]
+        return inputs.from_dict(module, super().read(names), entry.activation, entry.shape[1])
+
     def config(self):
         """The model's configuration, without ``quantization_config``: as a source this is a plain model."""
         config = super().config()
@@ -143,6 +149,7 @@ class Checkpoint(SafetensorsSource):
 
     def _stored_names(self, module: str, entry: Entry) -> list[str]:
         parts = self._codec.names(module, entry.format, entry.shape)
+        parts += [f"{module}.{n}" for n in inputs.layout(entry.activation, entry.shape[1])]
         missing = [part for part in parts if part not in self._infos]
         if missing:
             raise InputError(

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from fewbit.errors import InputError
+from fewbit.format.activation import Activation
 from fewbit.format.block import Block, Block2d, Channel, Group, PerTensor
 from fewbit.format.fit import AbsMax, MinMax
 from fewbit.format.format import Format, Zero
@@ -30,8 +31,13 @@ _STEPS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def refusal(format: Format, kind: str = "Linear") -> str | None:
-    """Why ``format`` cannot be held for the weight of a module of class ``kind``; None when it can."""
+def refusal(format: Format, kind: str = "Linear", activation: Activation | None = None) -> str | None:
+    """Why ``format`` cannot be held for the weight of a module of class ``kind``; None when it can.
+
+    ``activation`` is how the module's input is quantized.
+    """
+    if activation is not None:
+        return "quantized inputs are not written there yet"
     if kind != "Linear":
         return f"compressed-tensors describes torch.nn.Linear modules only, and this is a {kind}"
     if format.scale is None:

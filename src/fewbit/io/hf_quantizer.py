@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fewbit.errors import InputError
-from fewbit.io import native
+from fewbit.io import inputs, native
 from fewbit.io.native import QUANT_METHOD, Entry
 from fewbit.nn.linear import QLinear
 
@@ -61,8 +61,8 @@ class FewbitQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, QLinear):
                 for buffer in module._buffers:
-                    del state[f"{name}.{buffer}"]
-                state |= native.to_dict(name, module.qweight)
+                    state.pop(f"{name}.{buffer}", None)
+                state |= native.to_dict(name, module.qweight) | inputs.to_dict(name, module.params)
         return state, {}
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -79,19 +79,29 @@ class _Packed(nn.Module):
     def __init__(self, entry: Entry, bias: nn.Parameter | None):
         super().__init__()
         self.entry = entry
-        for name, (shape, dtype) in native.layout(entry.format, entry.shape).items():
+        for name, (shape, dtype) in self._layout().items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self.register_parameter("bias", bias)
         # Some models' ``_init_weights`` reach into children; a tensor marked as initialized is left alone.
         self.weight = torch.empty(0)
         self.weight._is_hf_initialized = True
 
+    def _layout(self) -> dict:
+        entry = self.entry
+        return native.layout(entry.format, entry.shape) | inputs.layout(entry.activation, entry.shape[1])
+
     def open(self) -> QLinear:
         """The module that runs."""
-        wanted = native.layout(self.entry.format, self.entry.shape)
+        entry, wanted = self.entry, self._layout()
         # A loader that keeps parts of a model in float32 may have widened scales: exact, undone here.
         stored = {f".{name}": b.to(wanted[name][1]) for name, b in self._buffers.items()}
-        return QLinear(native.from_dict("", stored, self.entry.format, self.entry.shape), self.bias)
+        return QLinear(
+            native.from_dict("", stored, entry.format, entry.shape),
+            self.bias,
+            activation=entry.activation,
+            params=inputs.from_dict("", stored, entry.activation, entry.shape[1]),
+            online=entry.online,
+        )
 
 
 def attach(model: nn.Module, entries: Mapping[str, Entry]) -> None:

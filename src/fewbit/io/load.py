@@ -31,8 +31,16 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     mapping, _ = parameter_map(source, model)
     quantized = _quantized(source, mapping)
     for name, module in quantized.items():
-        q = source.read_qtensor(module).to(device)
-        model.set_submodule(name, QLinear(q, model.get_submodule(name).bias))
+        q, entry = source.read_qtensor(module).to(device), source.entries[module]
+        params = source.read_input(module)
+        layer = QLinear(
+            q,
+            model.get_submodule(name).bias,
+            activation=entry.activation,
+            params=None if params is None else params.to(device),
+            online=entry.online,
+        )
+        model.set_submodule(name, layer)
     rest = [name for name in mapping if name.removesuffix(".weight") not in quantized]
     materialize(model, rest, source, {name: mapping[name] for name in rest}, device, dtype)
     model.config.dtype = dtype

@@ -12,8 +12,9 @@ and config.json says once which Formats there are and which module has which:
                             "modules": {"model.layers.0.mlp.up_proj": {"format": 0, "shape": [1536, 576]}}}
 
 The shape is [out, in]; ``"transposed": true`` marks a module whose original weight is stored [in, out]
-(GPT-2's Conv1D). So a file holds exactly ``QTensor.bits_per_weight``, apart from rows that do not end on a
-byte.
+(GPT-2's Conv1D); ``"activation"`` is how its input is quantized (steps of a static one: ``fewbit.io.inputs``)
+and ``"online"`` a map of the input that comes before. So a file holds exactly ``QTensor.bits_per_weight``,
+apart from rows that do not end on a byte.
 
 Road not taken: a file per engine's kernel layout. Kernels repack when they load; files stay canonical.
 """
@@ -27,12 +28,15 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
+from fewbit.format.activation import Activation
 from fewbit.format.bits import pack, row_bytes, unpack
-from fewbit.format.codec import from_plain, to_plain
+from fewbit.format.codec import FORMAT_CLASSES, from_plain, to_plain
 from fewbit.format.format import Format, Zero
 from fewbit.format.qtensor import QTensor
 from fewbit.grid.grid import Grid
+from fewbit.transform import Hadamard, Map
 
+CLASSES = (*FORMAT_CLASSES, Hadamard)  # what a configuration may name
 QUANT_METHOD = "fewbit"
 VERSION = 1
 _NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -42,11 +46,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What the configuration says of a quantized module: its Format, shape [out, in], original layout."""
+    """What the configuration says of a quantized module: Format, shape [out, in], layout, input."""
 
     format: Format
     shape: Shape
     transposed: bool = False
+    activation: Activation | None = None
+    online: Map | None = None
 
 
 # -- tensors --
@@ -165,6 +171,9 @@ def quantization_config(entries: Mapping[str, Entry]) -> dict:
         modules[name] = {"format": formats.index(entry.format), "shape": list(entry.shape)}
         if entry.transposed:
             modules[name]["transposed"] = True
+        for key in ("activation", "online"):
+            if getattr(entry, key) is not None:
+                modules[name][key] = to_plain(getattr(entry, key))
     plain = [to_plain(f) for f in formats]
     return {"quant_method": QUANT_METHOD, "version": VERSION, "formats": plain, "modules": modules}
 
@@ -180,7 +189,11 @@ def entries_from_config(config: Mapping) -> dict[str, Entry]:
         formats = [from_plain(f) for f in config["formats"]]
         return {
             name: Entry(
-                format=formats[m["format"]], shape=tuple(m["shape"]), transposed=m.get("transposed", False)
+                format=formats[m["format"]],
+                shape=tuple(m["shape"]),
+                transposed=m.get("transposed", False),
+                activation=from_plain(m["activation"], CLASSES) if "activation" in m else None,
+                online=from_plain(m["online"], CLASSES) if "online" in m else None,
             )
             for name, m in config["modules"].items()
         }

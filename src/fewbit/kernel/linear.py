@@ -1,5 +1,12 @@
 """The linear layer on a quantized weight: y = x W^T + b, with W [out, in] decoded from codes.
 
+Where the input is quantized too (W8A8), x is what its own codes mean. Symmetric int8 by int8, with one step
+per token or tensor and one per row or tensor of W, is a product of integers, which torch has:
+
+    y[t, o] = s_x[t] s_w[o] sum_j q_x[t, j] q_w[o, j] + b[o]
+
+Everything else is multiplied in x's dtype after decoding, which is the same number up to float rounding.
+
 ``linear`` is the operation; ``IMPLEMENTATIONS`` are the ways to compute it, fastest first, the eager
 reference last. The reference decodes the weight to x's dtype and multiplies; the arithmetic of the decoding
 is that of ``QTensor.dequantize``, bit for bit. On a CPU it decodes as many rows at a time as the cache holds:
@@ -15,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewbit.format.block import Channel, Group
-from fewbit.format.format import Zero
+from fewbit.format.activation import Activation
+from fewbit.format.block import Channel, Group, PerTensor
+from fewbit.format.format import Format, Params, Zero
 from fewbit.format.qtensor import QTensor, value_of
 from fewbit.grid.integer import Int
 from fewbit.kernel.pick import Implementation, pick
@@ -42,7 +50,15 @@ def dequantize(q: QTensor, dtype: torch.dtype) -> Tensor:
     return w.to(dtype)
 
 
-def _eager(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
+def _eager(
+    x: Tensor,
+    weight: QTensor,
+    bias: Tensor | None,
+    activation: Activation | None = None,
+    params: Params | None = None,
+) -> Tensor:
+    if activation is not None:
+        x = activation(x, params)
     n, columns = weight.shape
     rows = max(1, _CACHED // columns)
     bias = None if bias is None else bias.to(x.dtype)
@@ -56,10 +72,49 @@ def _eager(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
     return torch.cat(pieces, -1)
 
 
-EAGER = Implementation(name="eager", supports=lambda device, fmt, dtype: True, run=_eager)
-IMPLEMENTATIONS = (EAGER,)
+def _int8(x: Tensor, weight: QTensor, bias: Tensor | None, activation: Activation, params: Params | None):
+    rows = x.reshape(-1, x.shape[-1]).float()
+    cuda, (n, columns) = x.device.type == "cuda", weight.shape
+    if not len(rows) or (cuda and (n % 8 or columns % 8)):
+        return _eager(x, weight, bias, activation, params)
+    fmt = activation.format
+    q = fmt.quantize(rows) if params is None else fmt.encode(rows, params)
+    codes = q.codes
+    if cuda and len(rows) <= 16:  # what cuBLAS asks for
+        codes = F.pad(codes, (0, 0, 0, 17 - len(rows)))
+    sums = torch._int_mm(codes, weight.codes.t())[: len(rows)]
+    y = sums.float() * value_of(q.scale).float() * value_of(weight.scale).float().reshape(-1)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], n)
 
 
-def linear(x: Tensor, weight: QTensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] float, weight [out, in], bias [out] or None -> [..., out] in x's dtype."""
-    return pick(IMPLEMENTATIONS, x.device.type, weight.format, x.dtype).run(x, weight, bias)
+def _int8_supports(device: str, fmt: Format, dtype: torch.dtype, activation: Activation | None) -> bool:
+    if activation is None or activation.outliers is not None:
+        return False
+    per_row = isinstance(fmt.block, Channel | PerTensor)
+    per_token = isinstance(activation.format.block, Channel | PerTensor)
+    whole = all(
+        isinstance(f.grid, Int) and f.grid.signed and f.zero is Zero.NONE for f in (fmt, activation.format)
+    )
+    return device in ("cpu", "cuda") and whole and per_row and per_token
+
+
+EAGER = Implementation(name="eager", supports=lambda device, fmt, dtype, activation: True, run=_eager)
+INT8 = Implementation(name="int8", supports=_int8_supports, run=_int8)
+IMPLEMENTATIONS = (INT8, EAGER)
+
+
+def linear(
+    x: Tensor,
+    weight: QTensor,
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    params: Params | None = None,
+) -> Tensor:
+    """x [..., in] float, weight [out, in], bias [out] or None -> [..., out] in x's dtype.
+
+    activation: how x is quantized first, or None; params: the steps of a static one.
+    """
+    chosen = pick(IMPLEMENTATIONS, x.device.type, weight.format, x.dtype, activation)
+    return chosen.run(x, weight, bias, activation, params)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fewbit.format.activation import Activation
 from fewbit.format.format import Format
 
 
@@ -19,20 +20,25 @@ from fewbit.format.format import Format
 class Implementation:
     """One way to compute an operation.
 
-    supports: (device type, format, dtype of the activations) -> bool; run: the operation itself.
+    supports: (device type, format of the weight, dtype, Activation or None) -> bool; run: the operation
+    itself.
     """
 
     name: str
-    supports: Callable[[str, Format, torch.dtype], bool]
+    supports: Callable[[str, Format, torch.dtype, Activation | None], bool]
     run: Callable
 
 
 @functools.lru_cache(maxsize=1024)
 def pick(
-    implementations: tuple[Implementation, ...], device: str, fmt: Format, dtype: torch.dtype
+    implementations: tuple[Implementation, ...],
+    device: str,
+    fmt: Format,
+    dtype: torch.dtype,
+    activation: Activation | None = None,
 ) -> Implementation:
-    """The first of ``implementations`` that supports the device type ("cpu", "cuda"), format and dtype.
+    """The first of ``implementations`` that supports device type ("cpu", "cuda"), formats and dtype.
 
     The tuple must end in one that supports everything.
     """
-    return next(i for i in implementations if i.supports(device, fmt, dtype))
+    return next(i for i in implementations if i.supports(device, fmt, dtype, activation))

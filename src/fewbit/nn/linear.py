@@ -2,6 +2,9 @@
 
     y = x W^T + b        W [out, in] decoded from codes, scale and zero; computed in x's dtype
 
+With a quantized input, x is what its codes mean (``fewbit.format.Activation``); with an online map, x T comes
+first (a Hadamard transform that could not be folded into the layer before, say).
+
 The buffers hold the canonical, unpacked QTensor: ``codes``, ``scale``, ``zero``; where the scale is itself a
 QTensor, ``scale_codes``, ``scale_scale`` and so on to any depth. Files hold the same names packed
 (``fewbit.io.native``).
@@ -13,21 +16,45 @@ Road not taken: a subclass of ``torch.nn.Linear`` with a weight that is a tensor
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fewbit.format.format import Format
+from fewbit.format.activation import Activation
+from fewbit.format.format import Format, Params
 from fewbit.format.qtensor import QTensor
 from fewbit.kernel.linear import linear
 
 
-class QLinear(nn.Module):
-    """``in_features`` -> ``out_features`` with a quantized weight [out, in] and an optional bias [out]."""
+class Online(Protocol):
+    """A map of the input that runs at every call: ``fewbit.transform.Map``."""
 
-    def __init__(self, qweight: QTensor, bias: Tensor | None = None):
+    def apply(self, x: Tensor, axis: int = -1) -> Tensor:
+        """x T."""
+
+
+class QLinear(nn.Module):
+    """``in_features`` -> ``out_features`` with a quantized weight [out, in] and an optional bias [out].
+
+    activation: how the input is quantized, or None; params: its steps when they are static; online: the map
+    of the input that comes before, or None.
+    """
+
+    def __init__(
+        self,
+        qweight: QTensor,
+        bias: Tensor | None = None,
+        *,
+        activation: Activation | None = None,
+        params: Params | None = None,
+        online: Online | None = None,
+    ):
         """The tensors are taken as they are, not copied; a bias that is a Parameter stays that Parameter."""
         super().__init__()
+        self.activation, self.online = activation, online
+        self.register_buffer("input_scale", None if params is None else params.scale)
+        self.register_buffer("input_zero", None if params is None else params.zero)
         self.format, self.shape = qweight.format, torch.Size(qweight.shape)
         self.out_features, self.in_features = self.shape
         for name, tensor in _flatten(qweight).items():
@@ -41,13 +68,24 @@ class QLinear(nn.Module):
         """The weight as a QTensor over this module's buffers (no copy)."""
         return _gather(self.format, self.shape, self._buffers)
 
+    @property
+    def params(self) -> Params | None:
+        """Stored steps of a static input, or None."""
+        return None if self.input_scale is None else Params(scale=self.input_scale, zero=self.input_zero)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in x's dtype."""
-        return linear(x, self.qweight, self.bias)
+        if self.online is not None:
+            x = self.online.apply(x)
+        return linear(x, self.qweight, self.bias, self.activation, self.params)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.format}"
+        size = f"in_features={self.in_features}, out_features={self.out_features}"
+        parts = [size, f"bias={bias}", self.format]
+        parts += [] if self.activation is None else [f"input {self.activation}"]
+        parts += [] if self.online is None else [f"after {self.online}"]
+        return ", ".join(str(part) for part in parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
         """Devices follow ``module.to``; dtypes do not: the steps' dtype belongs to the format.
@@ -58,9 +96,31 @@ class QLinear(nn.Module):
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]
-            if new.dtype != old.dtype:
+            if old is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
+
+
+def see_quantized(
+    module: nn.Module, activation: Activation | None, params: Params | None, online: Online | None
+) -> None:
+    """Make a plain linear with rounded weights compute what ``QLinear`` will, before there is one."""
+    if online is not None:
+        transform_input(module, online.apply)
+    if activation is not None:
+        transform_input(module, lambda x: activation(x, params))
+
+
+def transform_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    """Make a plain linear see ``change(x)``; returns what undoes it. Several act in the order of calls."""
+
+    def hook(module, args, kwargs):
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: change(kwargs[name])}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True).remove
 
 
 def _flatten(q: QTensor, prefix: str = "") -> dict[str, Tensor]:

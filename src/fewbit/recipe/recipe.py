@@ -15,41 +15,58 @@ import yaml
 
 from fewbit.errors import InputError
 from fewbit.format import Format
+from fewbit.format.activation import Activation
 from fewbit.format.codec import FORMAT_CLASSES, from_plain, to_plain
 from fewbit.solve import SOLVERS, Need, Rtn, Solver
+from fewbit.transform import CHOOSERS
+from fewbit.transform.chooser import Chooser
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """Layers whose full name matches ``match`` (shell pattern: *, ?, [..]) get ``weight``, solved by
-    ``solver``.
+    ``solver``, and read their ``input`` quantized.
 
-    ``weight=None`` leaves them as they are.
+    ``weight=None`` leaves them as they are; ``input=None`` leaves the input in the model's dtype.
     """
 
     match: str = "*"
     weight: Format | None = None
     solver: Solver = Rtn()
+    input: Activation | None = None
 
     def __post_init__(self):
         if self.weight is not None:
             self.solver.check(self.weight)
+        elif self.input is not None:
+            raise InputError(
+                f"rule {self.match!r} quantizes the input of layers whose weight stays as it is; give it a "
+                "weight format too"
+            )
 
     @property
     def needs(self) -> frozenset[Need]:
         """Calibration statistics that this rule's solver or range rule uses."""
         if self.weight is None:
             return frozenset()
-        wants = self.weight.scale is not None and self.weight.range.wants_importance
-        return self.solver.needs | ({Need.GRAM} if wants else frozenset())
+        needs = set(self.solver.needs)
+        if self.weight.scale is not None and self.weight.range.wants_importance:
+            needs.add(Need.GRAM)
+        if self.input is not None and self.input.static:
+            needs |= {Need.COLUMNS, Need.SAMPLE}
+        return frozenset(needs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Ordered rules under a name; the first match wins, a layer that none matches stays as it is."""
+    """Ordered rules under a name; the first match wins, a layer that none matches stays as it is.
+
+    transforms: what chooses maps at the seams of each block before its layers are solved, in this order.
+    """
 
     name: str
     rules: tuple[Rule, ...]
+    transforms: tuple[Chooser, ...] = ()
 
     def __post_init__(self):
         if not self.rules:
@@ -74,7 +91,7 @@ def from_yaml(text: str, where: str = "recipe file") -> Recipe:
         raise InputError(f"{where} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise InputError(f"{where} holds no recipe; expected the YAML that fewbit writes beside a checkpoint")
-    recipe = from_plain(data, (Recipe, Rule, *SOLVERS, *FORMAT_CLASSES))
+    recipe = from_plain(data, (Recipe, Rule, *SOLVERS, *CHOOSERS, *FORMAT_CLASSES))
     if not isinstance(recipe, Recipe):
         raise InputError(f"{where} holds a {type(recipe).__name__}, expected a Recipe")
     return recipe

@@ -21,22 +21,26 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from fewbit.errors import InputError
-from fewbit.format import QTensor
+from fewbit.format import Params, QTensor, Stats
+from fewbit.io import inputs
 from fewbit.io.skeleton import dematerialize, materialize
 from fewbit.io.source import Source, check_finite
-from fewbit.kernel.gram import add_gram, full
-from fewbit.solve import Rtn, SolverWarning, Stats
+from fewbit.nn.linear import see_quantized
+from fewbit.seams import find_seams, fold_checked
+from fewbit.solve import Rtn, SolverWarning
 from fewbit.stream.blocks import Blocks, set_weight, watch, weight_of
+from fewbit.stream.inputs import Inputs
 from fewbit.stream.job import Job
 from fewbit.stream.plan import Plan, PlannedLayer, codec
 from fewbit.stream.progress import LayerRow, Progress
 from fewbit.stream.suspend import Flow, advance, wait
+from fewbit.transform.chooser import Reader
 
 SMALL = 1 << 20  # parameters outside the blocks with fewer elements stay resident
 BATCH_TOKENS = 2048  # calibration tokens in one suspended forward
@@ -71,6 +75,8 @@ class Loop:
     rows: list[LayerRow] = field(default_factory=list)
     resumed: int = 0
     witness: Tensor | None = None
+    params: dict[str, Params] = field(default_factory=dict)  # static steps of inputs of the block at hand
+    flows: list[Flow] = field(default_factory=list)
 
     @torch.no_grad()
     def run(self, tokens: Tensor | None) -> Tensor:
@@ -91,6 +97,7 @@ class Loop:
         flows = []
         if tokens is not None:
             flows = [forward(ids) for ids in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))]
+        self.flows = flows
         handles = [b.register_forward_pre_hook(wait, with_kwargs=True) for b in self.blocks.modules]
         large = [n for n in outside if _get(self.model, n).numel() >= SMALL]
         try:
@@ -136,11 +143,16 @@ class Loop:
         out: dict[str, QTensor] = {}
         if self.job.finished(i):
             tensors, rows = self.job.load(i)
+            for n in as_stored:  # a fold may have changed them
+                _get(self.model, n).data.copy_(tensors[self.mapping[n]])
             for m, layer in layers.items():
                 q = codec(self.plan).from_dict(layer.name, tensors, layer.format, layer.shape)
-                set_weight(self.model.get_submodule(m), q.dequantize().to(self.plan.device))
+                set_weight(self.model.get_submodule(m), q.dequantize().to(device))
+                params = inputs.from_dict(layer.name, tensors, layer.activation, layer.shape[1])
+                self._see_quantized(layer, None if params is None else params.to(device))
             self.resumed += 1
         else:
+            said = self._fold(block, name, layers, flows, stop) if self.plan.recipe.transforms else {}
             groups = watch(block, lambda: _outside_flow(block, stop))
             groups = [[layers[f"{name}.{n}"] for n in g if f"{name}.{n}" in layers] for g in groups]
             groups = [g for g in groups if g]
@@ -154,7 +166,10 @@ class Loop:
             tensors = {}
             for m, layer in layers.items():
                 tensors |= codec(self.plan).to_dict(layer.name, out[m])
-            tensors |= self.stored.read({self.mapping[n] for n in as_stored})
+                tensors |= inputs.to_dict(layer.name, self.params.pop(m, None))
+            for n in as_stored:
+                tensors[self.mapping[n]] = _get(self.model, n).detach().to("cpu", self.plan.source.dtype)
+            rows = [replace(r, notes=said.get(r.layer, ()) + r.notes) for r in rows]
             rows.sort(key=lambda r: r.layer)
             self.job.store(i, tensors, rows)
         self.rows += rows
@@ -175,25 +190,30 @@ class Loop:
                 continue
             handle = leader.register_forward_pre_hook(wait, with_kwargs=True)
             try:
-                gram = _Gram()
+                seen = self._inputs(group)
                 advance([guide], leader)
                 for flow in flows:
-                    gram.add(advance([flow], leader)[0].x)
+                    seen.add(advance([flow], leader)[0].x)
             finally:
                 handle.remove()
-            self._solve(group, gram.stats(), out, rows)
+            self._solve(group, seen.stats(), out, rows)
 
     def _at_block(self, block, groups, guide, flows, out, rows) -> None:
         """Suspend at the block only: run it once outside the flows to gather every group's inputs."""
-        grams = {g[0].module: _Gram() for g in groups if any(layer.rule.needs for layer in g)}
+        seen = {g[0].module: self._inputs(g) for g in groups if any(layer.rule.needs for layer in g)}
+        self._watch(block, seen, flows)
+        for group in groups:
+            own = seen.get(group[0].module)
+            self._solve(group, own.stats() if own else Stats(), out, rows)
+
+    def _watch(self, block: nn.Module, seen: dict[str, Inputs], flows: list[Flow]) -> None:
+        """Run the block once on every waiting batch and let each module's ``Inputs`` see what it reads."""
         handles = [
             self.model.get_submodule(m).register_forward_pre_hook(
-                lambda mod, args, kwargs, gram=gram: gram.add(
-                    args[0] if args else next(iter(kwargs.values()))
-                ),
+                lambda mod, args, kwargs, own=own: own.add(args[0] if args else next(iter(kwargs.values()))),
                 with_kwargs=True,
             )
-            for m, gram in grams.items()
+            for m, own in seen.items()
         ]
         try:
             for flow in flows:
@@ -201,9 +221,46 @@ class Loop:
         finally:
             for handle in handles:
                 handle.remove()
-        for group in groups:
-            gram = grams.get(group[0].module)
-            self._solve(group, gram.stats() if gram else Stats(), out, rows)
+
+    def _inputs(self, group: list[PlannedLayer]) -> Inputs:
+        """An accumulator of what the layers of a group need of their common input."""
+        return Inputs(frozenset().union(*(layer.rule.needs for layer in group)), len(self.flows))
+
+    def _fold(self, block, name, layers, flows, stop) -> dict[str, tuple[str, ...]]:
+        """Choose and fold the recipe's maps at the seams of a block; notes by layer where one was not folded.
+
+        Statistics are those of the float block on the waiting inputs.
+        """
+        notes: dict[str, tuple[str, ...]] = {}
+        call = lambda: _outside_flow(block, stop)  # noqa: E731
+        seams = find_seams(block, call)
+        for chooser in self.plan.recipe.transforms:
+            chosen = [
+                (seam, [layers[m] for r in seam.readers if (m := f"{name}.{r}") in layers])
+                for seam in seams
+                if seam.kind in chooser.kinds
+            ]
+            chosen = [(seam, readers) for seam, readers in chosen if readers]
+            seen = {readers[0].module: Inputs(chooser.needs, len(flows)) for _, readers in chosen}
+            self._watch(block, seen, flows)
+            for seam, readers in chosen:
+                own = [
+                    Reader(
+                        weight=weight_of(self.model.get_submodule(x.module)).detach().float(),
+                        format=x.format,
+                        activation=x.activation,
+                    )
+                    for x in readers
+                ]
+                index = None if seam.index is None else seam.index.to(self.plan.device)
+                s = chooser(own, seen[readers[0].module].stats(), index).to(self.dtype)
+                said = fold_checked(block, call, seam, s, self.plan.source.dtype)
+                for x in readers if said else ():
+                    notes[x.name] = (*notes.get(x.name, ()), said)
+        return notes
+
+    def _see_quantized(self, layer: PlannedLayer, params: Params | None) -> None:
+        see_quantized(self.model.get_submodule(layer.module), layer.activation, params, None)
 
     def _solve(self, group: list[PlannedLayer], stats: Stats, out, rows, notes: tuple[str, ...] = ()) -> None:
         """Quantize the layers of one group in place; layers with equal rules and independent rows are
@@ -230,7 +287,7 @@ class Loop:
                 value = own.dequantize()
                 row = LayerRow(
                     layer=layer.name,
-                    format=str(layer.format),
+                    format=layer.text,
                     solver=type(solver).__name__.lower(),
                     bits_per_weight=layer.bits_per_weight,
                     error=_error(part, value, stats.gram),
@@ -243,33 +300,35 @@ class Loop:
                     )
                 set_weight(module, value)
                 out[layer.module] = own.to("cpu")
+                params = _static(layer, stats)
+                self._see_quantized(layer, params)
+                if params is not None:
+                    self.params[layer.module] = params.to("cpu")
                 rows.append(row)
                 self.progress.layer(row, seconds)
-
-
-class _Gram:
-    """Running X^T X of one group's inputs."""
-
-    def __init__(self):
-        self.sum: Tensor | None = None
-        self.tokens = 0
-
-    def add(self, x: Tensor) -> None:
-        x = x.detach().reshape(-1, x.shape[-1])
-        if self.sum is None:
-            self.sum = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        add_gram(self.sum, x)
-        self.tokens += len(x)
-
-    def stats(self) -> Stats:
-        return (
-            Stats() if self.sum is None else Stats(gram=full(self.sum).div_(self.tokens), tokens=self.tokens)
-        )
 
 
 def _outside_flow(block: nn.Module, stop) -> object:
     """Call a block with the inputs of a waiting flow; hooks that suspend do nothing here."""
     return block(*stop.args, **stop.kwargs)
+
+
+def _static(layer: PlannedLayer, stats: Stats) -> Params | None:
+    """Static steps of a layer's input; None where there are none."""
+    own = layer.activation
+    if own is None or not own.static:
+        return None
+    if stats.sample is None:
+        raise InputError(
+            f"the calibration text never reached layer {layer.name}, so its input has no static range; use "
+            "more text or a dynamic range"
+        )
+    if own.momentum is None:
+        return own.fit(stats.sample, stats.low, stats.high)
+    low, high = stats.batches[0]
+    for batch in stats.batches[1:]:
+        low, high = own.momentum * torch.stack([low, high]) + (1 - own.momentum) * batch
+    return own.fit_range(low.expand(layer.shape[1]), high.expand(layer.shape[1]))
 
 
 def _stacks(group: list[PlannedLayer]) -> list[list[PlannedLayer]]:

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import nn
 
 from fewbit.errors import InputError
 from fewbit.format import Format
+from fewbit.format.activation import Activation
 from fewbit.io import compressed_tensors, native
 from fewbit.io.skeleton import build_skeleton, parameter_map
 from fewbit.io.source import Source
@@ -56,6 +58,16 @@ class PlannedLayer:
         return self.rule.weight
 
     @property
+    def activation(self) -> Activation | None:
+        """How its input is quantized, or None."""
+        return self.rule.input
+
+    @property
+    def text(self) -> str:
+        """Formats of weight and input in words."""
+        return str(self.format) if self.activation is None else f"{self.format}, input {self.activation}"
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight."""
         return self.format.bits_per_weight(self.shape)
@@ -90,7 +102,7 @@ class Plan:
     @property
     def needs(self) -> frozenset[Need]:
         """Calibration statistics that any layer needs."""
-        return frozenset().union(*(layer.rule.needs for layer in self.layers))
+        return _needs(self.layers, self.recipe)
 
     def as_dict(self) -> dict:
         """Plain data for ``fewbit plan --json``."""
@@ -101,7 +113,7 @@ class Plan:
                 {
                     "layer": layer.name,
                     "shape": list(layer.shape),
-                    "format": str(layer.format),
+                    "format": layer.text,
                     "solver": type(layer.rule.solver).__name__.lower(),
                     "bits_per_weight": layer.bits_per_weight,
                     "size_bytes": math.ceil(layer.bits_per_weight * math.prod(layer.shape) / 8),
@@ -143,9 +155,9 @@ def make_plan(
     mapping, unused = parameter_map(source, model)
     blocks = find_blocks(model)
     layers, left = assign(model, blocks, recipe, mapping)
-    refusals = (compressed_tensors.refusal(layer.format, layer.kind) for layer in layers)
+    refusals = (compressed_tensors.refusal(x.format, x.kind, x.activation) for x in layers)
     reason = next((r for r in refusals if r), "")
-    needs = frozenset().union(*(layer.rule.needs for layer in layers))
+    needs = _needs(layers, recipe)
     used = calibration if needs else None
     info = source.tensors()
     quantized = {f"{layer.name}.weight" for layer in layers}
@@ -176,6 +188,12 @@ def make_plan(
         device=device,
     )
     return plan, model, blocks, mapping
+
+
+def _needs(layers: Iterable[PlannedLayer], recipe: Recipe) -> frozenset[Need]:
+    """Calibration statistics that any layer or any choice of a map needs."""
+    of_layers = (layer.rule.needs for layer in layers)
+    return frozenset().union(*of_layers, *(chooser.needs for chooser in recipe.transforms))
 
 
 def _caveats(layers, source, calibration, reason) -> tuple[str, ...]:
@@ -224,7 +242,9 @@ def assign(
             left.append(stored)
             continue
         shape = tuple(weight_of(module).shape)
-        rule.weight.block.check(shape, f"layer {name}")
+        rule.weight.check(shape, f"layer {name}")
+        if rule.input is not None:
+            rule.input.format.check((1, shape[1]), f"the input of layer {name}")
         layers.append(
             PlannedLayer(
                 module=name,

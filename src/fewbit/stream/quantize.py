@@ -177,7 +177,9 @@ def quantization_config(plan: Plan) -> dict:
     if plan.checkpoint == "native":
         return native.quantization_config(
             {
-                x.name: native.Entry(format=x.format, shape=x.shape, transposed=x.transposed)
+                x.name: native.Entry(
+                    format=x.format, shape=x.shape, transposed=x.transposed, activation=x.activation
+                )
                 for x in plan.layers
             }
         )

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
+from fewbit.io.checkpoint import Checkpoint
 from fewbit.io.skeleton import build_skeleton, dematerialize, materialize, parameter_map
 from fewbit.io.source import Source, open_source
+from fewbit.nn.linear import see_quantized
 from fewbit.stream.blocks import find_blocks
 from fewbit.stream.suspend import Flow, advance, wait
 
@@ -35,6 +37,21 @@ def verify(folder: Path, witness: Tensor, expected: Tensor, device: str) -> floa
             f"{difference:.2g} of the largest); nothing was published; please report this"
         )
     return difference
+
+
+def _quantize_inputs(model, names, source: Source, mapping: dict[str, str], device: str) -> None:
+    """Make the float layers of one block see inputs as the checkpoint says they are quantized."""
+    for name in names if isinstance(source, Checkpoint) else ():
+        stored, module = mapping[name].removesuffix(".weight"), name.removesuffix(".weight")
+        entry = source.entries.get(stored) if name.endswith(".weight") else None
+        if entry is not None and (entry.activation or entry.online):
+            params = source.read_input(stored)
+            see_quantized(
+                model.get_submodule(module),
+                entry.activation,
+                None if params is None else params.to(device),
+                entry.online,
+            )
 
 
 @torch.no_grad()
@@ -58,6 +75,7 @@ def stream_logits(source: Source, tokens: Tensor, device: str = "cpu") -> Tensor
                 dematerialize(blocks.modules[i - 1])
             names = [n for n in mapping if n.startswith(blocks.names[i] + ".")]
             materialize(model, names, source, mapping, device, dtype)
+            _quantize_inputs(model, names, source, mapping, device)
             source.release()
         flow.resume()
     finally:
