@@ -9,11 +9,13 @@ import typing
 from collections.abc import Callable
 
 from fewbit.errors import InputError
+from fewbit.recipe.awq import awq
 from fewbit.recipe.gptq import gptq
 from fewbit.recipe.recipe import Recipe, Rule, from_yaml
 from fewbit.recipe.rtn import fp8, int8, nf4, rtn
+from fewbit.recipe.smoothquant import smoothquant
 
-RECIPES: tuple[Callable[..., Recipe], ...] = (rtn, gptq, int8, fp8, nf4)
+RECIPES: tuple[Callable[..., Recipe], ...] = (rtn, gptq, awq, smoothquant, int8, fp8, nf4)
 
 
 def named(name: str, settings: dict[str, str] | None = None) -> Recipe:
@@ -56,4 +58,7 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
         raise InputError(f"setting {key}={text!r} of recipe {recipe!r} is not {kind.__name__}") from None
 
 
-__all__ = ["RECIPES", "Recipe", "Rule", "fp8", "from_yaml", "gptq", "int8", "named", "nf4", "rtn"]
+__all__ = [
+    "RECIPES", "Recipe", "Rule", "awq", "fp8", "from_yaml", "gptq", "int8", "named", "nf4", "rtn",
+    "smoothquant",
+]  # fmt: skip

@@ -1,0 +1,36 @@
+"""AWQ: Lin, Tang, Tang, Yang, Chen, Wang, Xiao, Dang, Gan, Han 2023, https://arxiv.org/abs/2306.00978.
+
+Rounding to nearest after two searches, both by the error of outputs over the calibration tokens: a scale for
+the columns of all layers that read one tensor (``fewbit.transform.Awq``, folded into what produces it), then
+a range for each group (``range=output``, the paper's clip search; ``range=minmax`` leaves it out). What each
+brings is in docs/methods/awq.md.
+"""
+
+from __future__ import annotations
+
+from fewbit.recipe.recipe import Recipe, Rule
+from fewbit.recipe.weights import weight_format
+from fewbit.transform import Awq
+
+
+def awq(
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = False,
+    grid: str | None = None,
+    zero: str = "integer",
+    range: str = "auto",
+    scale: str = "bf16",
+    divisor: str = "edge",
+    format: str | None = None,
+    points: int = 20,
+    duo: bool = False,
+) -> Recipe:
+    """Every linear layer of the blocks by AWQ, weights only (W4A16, asymmetric, by default)."""
+    fmt = weight_format(
+        awq, format, range, "output",
+        bits=bits, grid=grid, group_size=group_size, symmetric=symmetric, zero=zero, scale=scale,
+        divisor=divisor,
+    )  # fmt: skip
+    return Recipe(name="awq", rules=(Rule(match="*", weight=fmt),), transforms=(Awq(points=points, duo=duo),))
