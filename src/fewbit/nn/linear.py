@@ -114,13 +114,16 @@ def see_quantized(
 def transform_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
     """Make a plain linear see ``change(x)``; returns what undoes it. Several act in the order of calls."""
 
-    def hook(module, args, kwargs):
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        name = next(iter(kwargs))
-        return args, {**kwargs, name: change(kwargs[name])}
-
+    hook = lambda module, args, kwargs: change_input(change, args, kwargs)  # noqa: E731
     return module.register_forward_pre_hook(hook, with_kwargs=True).remove
+
+
+def change_input(change: Callable[[Tensor], Tensor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A call's arguments with ``change`` made to the first of them, positional or by name."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: change(kwargs[name])}
 
 
 def _flatten(q: QTensor, prefix: str = "") -> dict[str, Tensor]:

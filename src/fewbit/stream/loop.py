@@ -31,7 +31,7 @@ from fewbit.format import Params, QTensor, Stats
 from fewbit.io import inputs
 from fewbit.io.skeleton import dematerialize, materialize
 from fewbit.io.source import Source, check_finite
-from fewbit.nn.linear import see_quantized
+from fewbit.nn.linear import transform_input
 from fewbit.seams import find_seams, fold_checked
 from fewbit.solve import Rtn, SolverWarning
 from fewbit.stream.blocks import Blocks, set_weight, watch, weight_of
@@ -97,7 +97,7 @@ class Loop:
         flows = []
         if tokens is not None:
             flows = [forward(ids) for ids in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))]
-        self.flows = flows
+        self.flows = [guide, *flows]
         handles = [b.register_forward_pre_hook(wait, with_kwargs=True) for b in self.blocks.modules]
         large = [n for n in outside if _get(self.model, n).numel() >= SMALL]
         try:
@@ -260,7 +260,15 @@ class Loop:
         return notes
 
     def _see_quantized(self, layer: PlannedLayer, params: Params | None) -> None:
-        see_quantized(self.model.get_submodule(layer.module), layer.activation, params, None)
+        """From here on the layer reads its input quantized, in the flows that wait at it, too."""
+        if layer.activation is None:
+            return
+        module, change = self.model.get_submodule(layer.module), lambda x: layer.activation(x, params)
+        waiting = [flow.stop for flow in self.flows if flow.stop is not None and flow.stop.module is module]
+        for stop in waiting:  # hooks that are added now come too late for them
+            stop.change = change
+        if not waiting:
+            transform_input(module, change)
 
     def _solve(self, group: list[PlannedLayer], stats: Stats, out, rows, notes: tuple[str, ...] = ()) -> None:
         """Quantize the layers of one group in place; layers with equal rules and independent rows are

@@ -21,15 +21,17 @@ import torch
 from torch import nn
 
 from fewbit.errors import InputError
+from fewbit.nn.linear import change_input
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stop:
     """Where a flow waits: the module whose pre-hook suspended it, and what it is about to be called with."""
 
     module: nn.Module
     args: tuple
     kwargs: dict
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None  # of x, when the flow goes on
 
     @property
     def x(self) -> torch.Tensor:
@@ -62,13 +64,17 @@ class Flow(greenlet.greenlet):
             self.throw(greenlet.GreenletExit)
 
 
-def wait(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def wait(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Forward pre-hook (``with_kwargs=True``): suspend when called inside a ``Flow``, do nothing
-    elsewhere.
+    elsewhere. The input may be changed meanwhile through ``Stop.change``.
     """
     here = greenlet.getcurrent()
     if isinstance(here, Flow):
-        here.parent.switch(Stop(module, args, kwargs))
+        stop = Stop(module, args, kwargs)
+        here.parent.switch(stop)
+        if stop.change is not None:
+            return change_input(stop.change, args, kwargs)
+    return None
 
 
 def advance(flows: list[Flow], module: nn.Module) -> list[Stop]:

@@ -1,0 +1,160 @@
+"""Quantized inputs and folded maps: from the recipe through the loop to files that readers run alike."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import save_tiny, tiny_ids
+
+import fewbit
+from fewbit.errors import InputError
+from fewbit.format import FP32, Channel, Format, MinMax, PerTensor, Token, Zero
+from fewbit.format.activation import Activation
+from fewbit.format.block import Columns
+from fewbit.grid import Int, by_name
+from fewbit.nn.linear import QLinear
+from fewbit.recipe import Recipe, Rule, from_yaml
+from fewbit.solve import Ldlq, Rtn
+from fewbit.stream.data import Calibration
+from fewbit.stream.quantize import quantize
+from fewbit.transform import CHOOSERS
+
+INT8 = by_name("int8")
+W8 = Format(grid=INT8, block=Channel(), scale=FP32)
+TOKEN = Activation(format=Format(grid=INT8, block=Token(), scale=FP32))
+STATIC = Activation(format=Format(grid=INT8, block=PerTensor(), scale=FP32), static=True)
+AFFINE = Format(grid=Int(8, signed=False), range=MinMax(), zero=Zero.INTEGER, scale=FP32)
+INPUTS = {
+    "token": TOKEN,
+    "tensor": replace(STATIC, static=False),
+    "static": STATIC,
+    "momentum": replace(STATIC, momentum=0.9),
+    "static with a zero": Activation(format=AFFINE, static=True),
+    "groups of columns": Activation(format=replace(AFFINE, block=Columns(32)), static=True),
+    "outliers left out": replace(TOKEN, outliers=3.0),
+    "fp8": Activation(format=Format(grid=by_name("e4m3fn"), block=Token(), scale=FP32)),
+}
+SMALL = Calibration(samples=4, seqlen=32)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Tiny models in folders, by architecture."""
+    root = tmp_path_factory.mktemp("models")
+    for arch in ("llama", "gpt2", "opt", "gemma3"):
+        save_tiny(arch, root / arch)
+    return root
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits.float()
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("depth", ["linear", "block"])
+def test_a_quantized_input_is_the_same_in_the_run_on_disk_and_in_transformers(
+    folders, tmp_path, arch, kind, depth
+):
+    import transformers
+
+    recipe = Recipe(name=kind, rules=(Rule(weight=W8, input=INPUTS[kind], solver=Ldlq()),))
+    assert from_yaml(recipe.to_yaml()) == recipe
+    result = quantize(folders / arch, recipe, output=tmp_path / "out", calibration=SMALL, depth=depth)
+    assert result.difference == 0
+    ids = tiny_ids()
+    model = fewbit.load(tmp_path / "out")
+    mine = logits(model, ids)
+    theirs = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32"), ids)
+    assert torch.equal(mine, theirs)
+    plain = logits(fewbit.load(folders / arch), ids)
+    error = ((mine - plain).norm() / plain.norm()).item()
+    assert 0 < error < 0.1
+    layers = [m for m in model.modules() if isinstance(m, QLinear)]
+    assert layers
+    assert all(m.activation == INPUTS[kind] and (m.params is not None) == m.activation.static for m in layers)
+
+
+def test_integer_products_equal_the_decoded_ones():
+    from fewbit.kernel.linear import EAGER, IMPLEMENTATIONS
+    from fewbit.kernel.linear import INT8 as WHOLE
+    from fewbit.kernel.pick import pick
+
+    g = torch.Generator().manual_seed(0)
+    w, x = W8.quantize(torch.randn(48, 64, generator=g)), torch.randn(3, 5, 64, generator=g)
+    bias = torch.randn(48, generator=g)
+    for activation, params in ((TOKEN, None), (INPUTS["tensor"], None), (STATIC, STATIC.format.fit(x))):
+        assert pick(IMPLEMENTATIONS, "cpu", w.format, x.dtype, activation) is WHOLE
+        fast = WHOLE.run(x, w, bias, activation, params)
+        torch.testing.assert_close(fast, EAGER.run(x, w, bias, activation, params), rtol=1e-5, atol=1e-5)
+    assert WHOLE.run(x[:0], w, bias, TOKEN, None).shape == (0, 5, 48)
+    for kind in ("outliers left out", "fp8", "static with a zero"):
+        assert pick(IMPLEMENTATIONS, "cpu", w.format, x.dtype, INPUTS[kind]) is EAGER
+
+
+def test_outlier_columns_are_kept_and_do_not_stretch_the_steps():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 128, generator=g)
+    x[:, [3, 77]] *= 40
+    kept = replace(TOKEN, outliers=6.0)(x)
+    assert torch.equal(kept[:, [3, 77]], x[:, [3, 77]])
+    error = lambda y: ((y - x)[:, :3].square().sum() / x[:, :3].square().sum()).item()  # noqa: E731
+    assert error(TOKEN(x)) > 25 * error(kept)
+    zero = torch.zeros(2, 128)
+    assert torch.equal(replace(TOKEN, outliers=6.0)(zero), zero)
+    assert torch.isfinite(replace(TOKEN, outliers=1e-9)(x)).all()  # every column an outlier
+
+
+def test_momentum_follows_the_batches_of_the_calibration():
+    from fewbit.format import Need, Stats
+    from fewbit.stream.inputs import Inputs
+    from fewbit.stream.loop import _static
+
+    seen = Inputs(frozenset({Need.COLUMNS, Need.SAMPLE}), 2)
+    seen.add(torch.tensor([[-1.0, 2.0]]))
+    seen.add(torch.tensor([[-3.0, 6.0]]))
+    stats = seen.stats()
+    assert isinstance(stats, Stats)
+    layer = type("Layer", (), {"activation": INPUTS["momentum"], "shape": (1, 2), "name": "x"})()
+    params = _static(layer, stats)
+    assert params.scale.item() == pytest.approx((0.9 * 2 + 0.1 * 6) / 127)
+    layer.activation = STATIC
+    assert _static(layer, stats).scale.item() == pytest.approx(6 / 127)
+
+
+@pytest.mark.parametrize("chooser", CHOOSERS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("arch", ["llama", "opt", "gemma3"])
+def test_folding_changes_nothing_but_what_is_rounded(folders, tmp_path, chooser, arch):
+    """With 8-bit weights the folded model is as near to the original as the plain one."""
+    out = {}
+    for name, transforms in (("plain", ()), ("folded", (chooser(),))):
+        recipe = Recipe(name=name, rules=(Rule(weight=W8, solver=Rtn()),), transforms=transforms)
+        assert from_yaml(recipe.to_yaml()) == recipe
+        result = quantize(folders / arch, recipe, output=tmp_path / name, calibration=SMALL)
+        assert result.difference == 0
+        assert not any(row.notes for row in result.rows)
+        out[name] = logits(fewbit.load(tmp_path / name), tiny_ids())
+    plain = logits(fewbit.load(folders / arch), tiny_ids())
+    error = {name: ((y - plain).norm() / plain.norm()).item() for name, y in out.items()}
+    assert 0 < error["folded"] < 3 * error["plain"] + 1e-3
+
+
+def test_impossible_inputs_are_refused():
+    with pytest.raises(InputError, match=r"static steps cannot follow tokens"):
+        replace(TOKEN, static=True)
+    with pytest.raises(InputError, match=r"momentum 0\.9 needs static steps"):
+        replace(TOKEN, momentum=0.9)
+    with pytest.raises(InputError, match="scalar format with steps"):
+        Activation(format=Format(grid=INT8))
+    with pytest.raises(InputError, match="give it a weight format"):
+        Rule(input=TOKEN)
+
+
+def test_a_block_that_does_not_tile_the_input_is_refused_by_the_plan(folders, tmp_path):
+    odd = Activation(format=replace(AFFINE, block=Columns(48)), static=True)
+    recipe = Recipe(name="odd", rules=(Rule(weight=W8, input=odd),))
+    with pytest.raises(
+        InputError, match=r"groups of 48 columns do not tile the input of layer model\.layers\.0"
+    ):
+        quantize(folders / "llama", recipe, output=tmp_path / "out", calibration=SMALL)
