@@ -176,33 +176,33 @@ class OutputMSE(Range):
         if importance is None:
             return MSE(steps=self.steps, shrink=self.shrink)(x, fmt, None)
 
-        def interval(w: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:  # blocks of the same columns [out, n]
-            loss = lambda error, part: torch.einsum("bn,bn->b", error @ h, error)  # noqa: E731
-            return least_loss(w, fmt, loss, self.steps, self.shrink)
+        def loss(error: Tensor, part: slice) -> Tensor:  # [groups, rows, n] -> [groups, rows]
+            return torch.einsum("gbn,gbn->gb", error @ importance, error)
 
-        found = [interval(w, h) for w, h in zip(x.unbind(-2), importance, strict=True)]
-        return tuple(torch.stack(ends, -1) for ends in zip(*found, strict=True))
+        lo, hi = least_loss(x.transpose(0, 1).contiguous(), fmt, loss, self.steps, self.shrink)
+        return lo.t().contiguous(), hi.t().contiguous()
 
 
 def least_loss(
     x: Tensor, fmt: Target, loss: Callable[[Tensor, slice], Tensor], steps: int, shrink: float
 ) -> tuple[Tensor, Tensor]:
-    """For each row of x [N, n], the interval between 1 and ``shrink`` times its own with the least loss.
+    """For each row of x [..., N, n], the interval between 1 and ``shrink`` times its own with the least loss.
 
-    ``loss(Q(x) - x [M, n], the M rows as a slice)`` -> [M]; it may overwrite its argument.
+    ``loss(Q(x) - x [..., M, n], the M rows as a slice)`` -> [..., M]; it may overwrite its argument.
     """
     best_lo, best_hi = torch.aminmax(x, dim=-1)
     # The search reads each element a hundred times: chunks that a CPU's second-level cache holds, and on a
     # GPU chunks that are worth their launches.
-    chunk = max(1, (1 << 16 if x.device.type == "cpu" else 1 << 24) // x.shape[-1])
-    for start in range(0, len(x), chunk):
+    rows = x.shape[-2]
+    chunk = max(1, (1 << 16 if x.device.type == "cpu" else 1 << 24) * rows // max(1, x.numel()))
+    for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        lo, hi = best_lo[part], best_hi[part]
+        w, lo, hi = x[..., part, :], best_lo[..., part], best_hi[..., part]
         least, best = torch.full_like(lo, torch.inf), torch.ones_like(lo)
 
-        def attempt(p: Tensor, part=part, lo=lo, hi=hi) -> None:  # shrink factors, one per block
+        def attempt(p: Tensor, part=part, w=w, lo=lo, hi=hi) -> None:  # shrink factors, one per block
             nonlocal least, best
-            got = loss(fmt.round_trip(x[part], p * lo, p * hi).sub_(x[part]), part)
+            got = loss(fmt.round_trip(w, p * lo, p * hi).sub_(w), part)
             better = got < least
             least, best = torch.where(better, got, least), torch.where(better, p, best)
 
@@ -211,7 +211,7 @@ def least_loss(
         coarse, gap = best, (1 - shrink) / max(1, steps - 1)
         for fraction in (-2 / 3, -1 / 3, 1 / 3, 2 / 3):
             attempt((coarse + fraction * gap).clamp(max=1.0))
-        best_lo[part], best_hi[part] = best * lo, best * hi
+        best_lo[..., part], best_hi[..., part] = best * lo, best * hi
     return best_lo, best_hi
 
 
