@@ -30,36 +30,20 @@ from fewbit.errors import InputError
 from fewbit.format import Params, QTensor, Stats
 from fewbit.io import inputs
 from fewbit.io.skeleton import dematerialize, materialize
-from fewbit.io.source import Source, check_finite
+from fewbit.io.source import check_finite
 from fewbit.nn.linear import transform_input
-from fewbit.seams import find_seams, fold_checked
 from fewbit.solve import Rtn, SolverWarning
 from fewbit.stream.blocks import Blocks, set_weight, watch, weight_of
+from fewbit.stream.fold import Notes, fold_maps
 from fewbit.stream.inputs import Inputs
 from fewbit.stream.job import Job
 from fewbit.stream.plan import Plan, PlannedLayer, codec
 from fewbit.stream.progress import LayerRow, Progress
 from fewbit.stream.suspend import Flow, advance, wait
-from fewbit.transform.chooser import Reader
+from fewbit.stream.weights import Rounded, forget, tensor
 
 SMALL = 1 << 20  # parameters outside the blocks with fewer elements stay resident
 BATCH_TOKENS = 2048  # calibration tokens in one suspended forward
-
-
-class Rounded:
-    """A Source whose floating tensors are rounded to the dtype in which the output will store them."""
-
-    def __init__(self, source: Source, dtype: torch.dtype):
-        self._source, self._dtype = source, dtype
-
-    def read(self, names):
-        """Tensors as the output checkpoint will hold them."""
-        return {
-            n: t.to(self._dtype) if t.is_floating_point() else t for n, t in self._source.read(names).items()
-        }
-
-    def __getattr__(self, name):
-        return getattr(self._source, name)
 
 
 @dataclass(kw_only=True)
@@ -99,12 +83,12 @@ class Loop:
             flows = [forward(ids) for ids in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))]
         self.flows = [guide, *flows]
         handles = [b.register_forward_pre_hook(wait, with_kwargs=True) for b in self.blocks.modules]
-        large = [n for n in outside if _get(self.model, n).numel() >= SMALL]
+        large = [n for n in outside if tensor(self.model, n).numel() >= SMALL]
         try:
             for i in range(len(self.blocks)):
                 stop = advance([guide, *flows], self.blocks.modules[i])[0]
                 if i == 0:
-                    _forget(self.model, large)
+                    forget(self.model, large)
                 self._block(i, guide, flows, stop)
                 if i < len(self.blocks) - 1:
                     continue
@@ -144,7 +128,7 @@ class Loop:
         if self.job.finished(i):
             tensors, rows = self.job.load(i)
             for n in as_stored:  # a fold may have changed them
-                _get(self.model, n).data.copy_(tensors[self.mapping[n]])
+                tensor(self.model, n).data.copy_(tensors[self.mapping[n]])
             for m, layer in layers.items():
                 q = codec(self.plan).from_dict(layer.name, tensors, layer.format, layer.shape)
                 set_weight(self.model.get_submodule(m), q.dequantize().to(device))
@@ -168,7 +152,7 @@ class Loop:
                 tensors |= codec(self.plan).to_dict(layer.name, out[m])
                 tensors |= inputs.to_dict(layer.name, self.params.pop(m, None))
             for n in as_stored:
-                tensors[self.mapping[n]] = _get(self.model, n).detach().to("cpu", self.plan.source.dtype)
+                tensors[self.mapping[n]] = tensor(self.model, n).detach().to("cpu", self.plan.source.dtype)
             rows = [replace(r, notes=said.get(r.layer, ()) + r.notes) for r in rows]
             rows.sort(key=lambda r: r.layer)
             self.job.store(i, tensors, rows)
@@ -179,7 +163,7 @@ class Loop:
     def _check(self, names: list[str]) -> None:
         """Raise ``InputError`` for a stored tensor with NaN or Inf."""
         for n in names:
-            check_finite(self.mapping[n], _get(self.model, n))
+            check_finite(self.mapping[n], tensor(self.model, n))
 
     def _at_linears(self, block, groups, guide, flows, out, rows) -> None:
         """Suspend at each group in turn: its inputs come through the layers solved before it."""
@@ -226,38 +210,18 @@ class Loop:
         """An accumulator of what the layers of a group need of their common input."""
         return Inputs(frozenset().union(*(layer.rule.needs for layer in group)), len(self.flows))
 
-    def _fold(self, block, name, layers, flows, stop) -> dict[str, tuple[str, ...]]:
-        """Choose and fold the recipe's maps at the seams of a block; notes by layer where one was not folded.
-
-        Statistics are those of the float block on the waiting inputs.
-        """
-        notes: dict[str, tuple[str, ...]] = {}
-        call = lambda: _outside_flow(block, stop)  # noqa: E731
-        seams = find_seams(block, call)
-        for chooser in self.plan.recipe.transforms:
-            chosen = [
-                (seam, [layers[m] for r in seam.readers if (m := f"{name}.{r}") in layers])
-                for seam in seams
-                if seam.kind in chooser.kinds
-            ]
-            chosen = [(seam, readers) for seam, readers in chosen if readers]
-            seen = {readers[0].module: Inputs(chooser.needs, len(flows)) for _, readers in chosen}
-            self._watch(block, seen, flows)
-            for seam, readers in chosen:
-                own = [
-                    Reader(
-                        weight=weight_of(self.model.get_submodule(x.module)).detach().float(),
-                        format=x.format,
-                        activation=x.activation,
-                    )
-                    for x in readers
-                ]
-                index = None if seam.index is None else seam.index.to(self.plan.device)
-                s = chooser(own, seen[readers[0].module].stats(), index).to(self.dtype)
-                said = fold_checked(block, call, seam, s, self.plan.source.dtype)
-                for x in readers if said else ():
-                    notes[x.name] = (*notes.get(x.name, ()), said)
-        return notes
+    def _fold(self, block, name, layers, flows, stop) -> Notes:
+        """Choose and fold the recipe's maps at the seams of a block."""
+        prefix = f"{name}."
+        return fold_maps(
+            block,
+            {m.removeprefix(prefix): layer for m, layer in layers.items()},
+            self.plan.recipe.transforms,
+            lambda: _outside_flow(block, stop),
+            lambda seen: self._watch(block, {prefix + n: own for n, own in seen.items()}, flows),
+            len(flows),
+            self.plan.source.dtype,
+        )
 
     def _see_quantized(self, layer: PlannedLayer, params: Params | None) -> None:
         """From here on the layer reads its input quantized, in the flows that wait at it, too."""
@@ -354,20 +318,3 @@ def _error(w: Tensor, value: Tensor, gram: Tensor | None) -> float:
     if gram is None:
         return float(e.square().sum() / w.square().sum().clamp(min=1e-30))
     return float(((e @ gram) * e).sum() / ((w @ gram) * w).sum().clamp(min=1e-30))
-
-
-def _get(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by its full name."""
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)
-
-
-def _forget(model: nn.Module, names: list[str]) -> None:
-    """Parameters back to the meta device one by one, ties kept (their modules may hold small ones that
-    stay).
-    """
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        param = model.get_submodule(owner)._parameters.get(leaf)
-        if param is not None and not param.is_meta:
-            torch.utils.swap_tensors(param, nn.Parameter(param.detach().to("meta"), requires_grad=False))

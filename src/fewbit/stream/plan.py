@@ -9,9 +9,6 @@ here.
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +27,7 @@ from fewbit.recipe.recipe import Rule
 from fewbit.solve import Need
 from fewbit.stream.blocks import Blocks, find_blocks, is_transposed, linears, weight_of
 from fewbit.stream.data import Calibration
+from fewbit.stream.estimate import check_disk, memory, seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,9 +165,9 @@ def make_plan(
     codes = sum(layer.bits_per_weight * math.prod(layer.shape) / 8 for layer in layers)
     size = math.ceil(codes + rest)
     if output is not None:
-        _check_disk(output, size)
+        check_disk(output, size)
     item_run = 4 if device == "cpu" else source.dtype.itemsize  # the loop computes in float32 on a CPU
-    chosen, peak = _memory(model, blocks, layers, used, device, depth, item_run)
+    chosen, peak = memory(model, blocks, layers, used, device, depth, item_run)
     plan = Plan(
         source=source,
         recipe=recipe,
@@ -184,7 +182,7 @@ def make_plan(
         source_bytes=sum(info[n].nbytes for n in stored if n in info),
         depth=chosen,
         peak_bytes=peak,
-        seconds=_seconds(blocks, layers, used, device),
+        seconds=seconds(blocks, layers, used, device),
         device=device,
     )
     return plan, model, blocks, mapping
@@ -269,94 +267,3 @@ def assign(
             f"recipe {recipe.name!r} leaves every layer as it is; give a rule with a weight format"
         )
     return layers, left
-
-
-def _check_disk(output: Path, size: int) -> None:
-    """Twice the result must fit while finished blocks are put together into shards."""
-    folder = output.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < 2 * size + (1 << 20):
-        raise InputError(
-            f"{folder} has {free / 1e6:,.0f} MB free and this run needs {2 * size / 1e6:,.0f} MB; free some "
-            "space or "
-            "choose another output folder with -o"
-        )
-
-
-def _memory(model, blocks, layers, calibration, device, depth, item) -> tuple[str, int]:
-    """(depth, predicted peak bytes on the device that computes): weights of one block, activations, Gram
-    matrices.
-    """
-    per_block = [sum(p.numel() for p in b.parameters()) * item for b in blocks.modules]
-    largest = max(math.prod(layer.shape) for layer in layers) * 4
-    outer = sum(p.numel() for p in model.parameters()) * item - sum(per_block)
-    base = 0 if device != "cpu" else _resident()
-    tokens = calibration.samples * calibration.seqlen if calibration else 64
-    widths = sorted({layer.shape[1] for layer in layers if layer.block == 0} or {layers[0].shape[1]})
-    hidden = widths[0]
-    grams = widths[-1] ** 2 * 4 * 4  # H, its permuted copy, its factor and M
-    alive = {
-        "linear": tokens * item * (3 * hidden + 2 * widths[-1]),
-        "block": tokens * item * 2 * hidden + sum(w * w * 4 for w in widths) * 2,
-    }
-
-    # Embeddings and head are resident only while no activations are: at the very start and the very end.
-    def peak(d: str) -> int:
-        working = max(per_block) * 1.2 + alive[d] + (grams if calibration else 0) + 4 * largest
-        return int(base + 1.4 * max(outer, working))  # 1.4: what allocators keep between uses, measured
-
-    if depth == "auto":
-        depth = "linear" if peak("linear") < 0.8 * _available(device) else "block"
-    if depth not in alive:
-        raise InputError(f"depth {depth!r} is unknown; choose auto, linear or block")
-    if peak(depth) > _available(device):
-        raise InputError(
-            f"this run needs about {peak(depth) / 1e9:.1f} GB and {device} has "
-            f"{_available(device) / 1e9:.1f} GB; use "
-            "fewer --samples or a shorter --seqlen"
-        )
-    return depth, peak(depth)
-
-
-def _resident() -> int:
-    """Resident bytes of this process now."""
-    try:
-        with open("/proc/self/statm") as f:
-            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux: the usual size of torch and transformers
-        return 500_000_000
-
-
-def _available(device: str) -> int:
-    """Bytes that could be used on the device."""
-    if device != "cpu":
-        return torch.cuda.mem_get_info(torch.device(device))[0]
-    try:
-        with open("/proc/meminfo") as f:
-            kb = {line.split(":")[0]: int(line.split()[1]) for line in f}
-        return kb["MemAvailable"] * 1024 + _resident()
-    except (OSError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _seconds(blocks, layers, calibration, device) -> float:
-    """Predicted wall time from the arithmetic and a 30 ms measurement of this device's matrix product."""
-    weights = sum(math.prod(layer.shape) for layer in layers)
-    flops = 0.0
-    if calibration:
-        tokens = calibration.samples * calibration.seqlen
-        flops += 2 * tokens * weights
-        flops += sum(
-            tokens * w * w for b in range(len(blocks)) for w in {x.shape[1] for x in layers if x.block == b}
-        )
-    a = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)).to(device)
-    start, runs = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.03:
-        (a @ a)[0, 0].item()
-        runs += 1
-    rate = runs * 2 * 512**3 / (time.perf_counter() - start)
-    solving = sum(layer.shape[1] * 60e-6 for layer in layers if Need.GRAM in layer.rule.solver.needs)
-    fitting = sum(math.prod(x.shape) * getattr(x.format.range, "steps", 1) * 4e-9 for x in layers)
-    return 1.3 * flops / rate + solving + fitting + weights * 2e-8 + 3

@@ -21,11 +21,12 @@ from fewbit.io.source import open_source
 from fewbit.recipe import Recipe
 from fewbit.stream.data import Calibration, sample_tokens, token_hash
 from fewbit.stream.job import MANIFEST, RECIPE, Job, depth_of_interrupted, write_text
-from fewbit.stream.loop import Loop, Rounded
+from fewbit.stream.loop import Loop
 from fewbit.stream.memory import return_freed_arrays
 from fewbit.stream.plan import Plan, make_plan
 from fewbit.stream.progress import LayerRow, Progress
 from fewbit.stream.verify import verify
+from fewbit.stream.weights import Rounded
 
 
 @dataclass(frozen=True, kw_only=True)
