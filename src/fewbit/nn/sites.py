@@ -1,0 +1,235 @@
+"""Quantizers at named places of a model that are not inputs of linears: outputs of modules, residual sums.
+
+    x ~ P^-1 ( Q( P x ) )       Q: an `Activation`; P: an order of the columns, or nothing
+
+Where a linear reads x, `QLinear` rounds it. What a residual adds, what a LayerNorm reads and what a linear
+writes have no linear behind them, yet integer hardware holds them in few bits too, and in BERT it is there
+that 8 bits fail (Bondarenko, Nagel, Blankevoort 2021, "Understanding and Overcoming the Challenges of
+Efficient Transformer Quantization", https://arxiv.org/abs/2109.12948, section 3). A site is the input or the
+output of a module; a forward hook replaces the tensor by what its codes mean. A residual sum is the input of
+the norm that reads it.
+
+With an order, columns are sorted before ``Columns(n)`` cuts them into groups, so that those with large ranges
+share a step (section 4, "per-embedding-group"). The tensor comes back in its own order: on hardware the order
+is folded into the weights around it and costs nothing.
+
+Ranges of static steps come from a few batches (`observe`): over all of them, or their moving average; tokens
+under the attention mask are left out, for [PAD] is no input.
+
+The road not taken: a module for every quantizer, put into the model. Sums have no module to replace, and a
+hook leaves names, classes and the state dict as they were.
+
+Shapes: b sentences, t tokens, d columns (embedding dimensions), n rows of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.errors import InputError
+from fewbit.format.activation import Activation
+from fewbit.format.format import Params
+from fewbit.nn.linear import transform_input
+
+
+class At(StrEnum):
+    """Which tensor of a module."""
+
+    INPUT = "input"
+    OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class Site:
+    """The first input, or the output, of the module with this full name: one float tensor [..., d]."""
+
+    module: str
+    at: At = At.OUTPUT
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.at}"
+
+
+class Order(Protocol):
+    """A permutation of the columns: ``fewbit.transform.Permutation``."""
+
+    def apply(self, x: Tensor, axis: int = -1) -> Tensor:
+        """Columns in the new order."""
+
+    def invert(self, x: Tensor, axis: int = -1) -> Tensor:
+        """Columns in their own order again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizer:
+    """How the tensor of a site is rounded: the Activation, its steps when static, the order of its groups."""
+
+    activation: Activation
+    params: Params | None = None
+    order: Order | None = None
+
+    def __post_init__(self):
+        if self.activation.static is not (self.params is not None):
+            raise InputError(
+                f"{self.activation} {'needs' if self.activation.static else 'takes no'} stored steps; "
+                "fit() makes those of a static one"
+            )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., d] -> what its codes mean, in x's dtype and order."""
+        if self.order is None:
+            return self.activation(x, self.params)
+        return self.order.invert(self.activation(self.order.apply(x), self.params))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What calibration saw at a site, float32.
+
+    low, high [batches, d]: extremes of each column in each batch; rows [n, d]: a sample of tokens; tokens:
+    how many there were.
+    """
+
+    low: Tensor
+    high: Tensor
+    rows: Tensor
+    tokens: int
+
+    @property
+    def spread(self) -> Tensor:
+        """Range max - min of each column over all batches [d]."""
+        return self.high.amax(0) - self.low.amin(0)
+
+
+def observe(
+    model: nn.Module, sites: Sequence[Site], batches: Sequence[Mapping[str, Tensor]], *, rows: int = 512
+) -> dict[Site, Seen]:
+    """Run ``model(**batch)`` over the batches and gather what each site sees.
+
+    A batch with an ``attention_mask`` [b, t] has its masked tokens left out. ``rows``: tokens kept of each
+    site in all, for range rules that need more than extremes. Raises InputError for a site that the model
+    does not have, does not reach, or whose tensor does not hold a row for every token.
+    """
+    if not batches or rows < 1:
+        raise InputError(f"calibration got {len(batches)} batches and {rows} rows; give at least one of each")
+    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    mask: Tensor | None = None
+
+    def look(site: Site, x: Tensor) -> None:
+        if mask is not None:
+            if x.shape[:-1] != mask.shape:
+                raise InputError(
+                    f"{site} has shape {list(x.shape)} where the mask has {list(mask.shape)}: expected one "
+                    "row per token; choose a site of shape [sentences, tokens, columns]"
+                )
+            x = x[mask]
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        found[site].append(x)
+
+    undo = [_hook(model, site, lambda x, site=site: look(site, x)) for site in found]
+    seen: dict[Site, list[tuple[Tensor, Tensor, Tensor, int]]] = {site: [] for site in found}
+    share = -(-rows // len(batches))
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                given = batch.get("attention_mask")
+                mask = None if given is None else given.bool()
+                model(**batch)
+                for site, parts in found.items():
+                    if not parts:
+                        raise InputError(f"{site} was not reached by the model; name a module that it calls")
+                    seen[site].append(_summary(torch.cat(parts), share))
+                    parts.clear()
+    finally:
+        for each in undo:
+            each()
+    out = {}
+    for site, summaries in seen.items():
+        low, high, sample, tokens = zip(*summaries, strict=True)
+        out[site] = Seen(
+            low=torch.stack(low), high=torch.stack(high), rows=torch.cat(sample), tokens=sum(tokens)
+        )
+    return out
+
+
+def _summary(x: Tensor, share: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Extremes and an even sample of x [tokens, d]."""
+    keep = torch.linspace(0, len(x) - 1, min(share, len(x))).long()
+    low, high = torch.aminmax(x, dim=0)
+    return low, high, x[keep], len(x)
+
+
+def fit(activation: Activation, seen: Seen, order: Order | None = None) -> Quantizer:
+    """The quantizer of a site from what calibration saw there.
+
+    Static steps follow the format's range rule over all batches, or with ``activation.momentum`` m the
+    average m * old + (1 - m) * new of the batches' extremes, which starts at the first.
+    """
+    if not activation.static:
+        return Quantizer(activation=activation, order=order)
+    turn = (lambda v: v) if order is None else order.apply
+    if activation.momentum is None:
+        low, high = seen.low.amin(0), seen.high.amax(0)
+        params = activation.fit(turn(seen.rows), turn(low), turn(high))
+    else:
+        low, high = (_moving_average(v, activation.momentum) for v in (seen.low, seen.high))
+        params = activation.fit_range(turn(low), turn(high))
+    return Quantizer(activation=activation, params=params, order=order)
+
+
+def _moving_average(v: Tensor, momentum: float) -> Tensor:
+    """v [batches, d] -> [d]."""
+    mean = v[0]
+    for new in v[1:]:
+        mean = momentum * mean + (1 - momentum) * new
+    return mean
+
+
+def place(model: nn.Module, quantizers: Mapping[Site, Quantizer]) -> Callable[[], None]:
+    """Make the tensors of these sites pass through their quantizers; returns what undoes it.
+
+    Raises InputError for a site that the model does not have, before anything is placed.
+    """
+    for site in quantizers:
+        _module(model, site)
+    undo = [_hook(model, site, quantizer) for site, quantizer in quantizers.items()]
+
+    def remove() -> None:
+        for each in undo:
+            each()
+
+    return remove
+
+
+def _module(model: nn.Module, site: Site) -> nn.Module:
+    modules = dict(model.named_modules())
+    if site.module not in modules:
+        near = get_close_matches(site.module, modules, n=1)
+        raise InputError(
+            f"the model has no module {site.module!r} for the site {site}"
+            + (f"; did you mean {near[0]!r}?" if near else "; named_modules() lists them")
+        )
+    return modules[site.module]
+
+
+def _hook(model: nn.Module, site: Site, change: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
+    """Put ``change`` at a site; where it returns None the tensor stays as it is."""
+
+    def checked(x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(f"{site} is not one float tensor but {got}; choose another module")
+        new = change(x)
+        return x if new is None else new
+
+    module = _module(model, site)
+    if site.at is At.INPUT:
+        return transform_input(module, checked)
+    return module.register_forward_hook(lambda module, args, out: checked(out)).remove
