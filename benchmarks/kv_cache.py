@@ -26,14 +26,13 @@ from fewbit.nn.kvlayer import QuantizedCache, calibrate
 
 ROOT = Path(__file__).parent
 NAMES = (
-    "kivi8", "int8-token", "fp8", "fp8-tensor", "fp8-head", "fp8-e5m2", "mxfp8",
-    "kivi4", "kivi4-r32", "int4-token", "int4-token-r32", "mxfp4", "kivi3-r32", "int3-token",
-    "kivi2", "kivi2-r32", "kivi2-r32-s4", "int2-token", "int2-token-r128",
+    "int8-token", "fp8", "fp8-tensor", "fp8-head", "fp8-e5m2", "kivi4", "kivi4-r32", "int4-token", "mxfp4",
+    "kivi2", "kivi2-r32", "kivi2-r32-s4", "int2-token",
 )  # fmt: skip
-ONE_BY_ONE = ("int8-token", "fp8", "kivi4", "int4-token", "kivi2")
+ONE_BY_ONE = ("int8-token", "int4-token", "kivi4-r32")
 LIMITS = {
-    0.5: ("kivi8", "int8-token", "fp8", "fp8-tensor", "fp8-head", "mxfp8"),
-    5.0: ("kivi4", "kivi4-r32", "int4-token", "int4-token-r32"),
+    0.5: ("int8-token", "fp8", "fp8-tensor", "fp8-head"),
+    5.0: ("kivi4", "kivi4-r32", "int4-token"),
 }
 
 
