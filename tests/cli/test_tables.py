@@ -28,13 +28,13 @@ def test_recipes(fewbit):
 @pytest.mark.parametrize("name", [f.__name__.replace("_", "-") for f in RECIPES])
 def test_every_recipe_plans_with_its_defaults_shown_and_prints_as_a_file(fewbit, llama, tmp_path, name):
     listed = next(e for e in fewbit("recipes", "--json").json["recipes"] if e["name"] == name)["settings"]
-    shown = {**listed, "group_size": 32}
+    shown = {**listed, **({"group_size": 32} if "group_size" in listed else {})}
     words = [word for key, value in shown.items() for word in ("--set", f"{key}={value}")]
     ran = fewbit("recipes", name, *words)
     (tmp_path / "mine.yaml").write_text(ran.out)
     assert yaml.safe_load(ran.out) == fewbit("recipes", name, *words, "--json").json
     calibrated = (llama, *CALIBRATION, "--json")
-    by_name = fewbit("plan", *calibrated, "-r", name, "--group-size", 32).json
+    by_name = fewbit("plan", *calibrated, "-r", name, *words).json
     by_file = fewbit("plan", *calibrated, "--recipe-file", "mine.yaml").json
     assert by_name["layers"] == by_file["layers"]
 
@@ -76,6 +76,11 @@ def test_formats_by_name(fewbit):
     assert fewbit("formats", "e2m1").out.splitlines()[-1].startswith("e2m1")
     assert len(fewbit("formats", "mxfp4").out.splitlines()) == 3
     assert fewbit("formats", "q2.5", "--json").json["formats"][0]["bits"] == 8
+    sized = fewbit("formats", "qoq-g64", "mxfp4-even-g16", "--json").json["block_formats"]
+    assert [(row["name"], row["block"]) for row in sized] == [
+        ("qoq-g64", "64 in a row"),
+        ("mxfp4-even-g16", "16 in a row"),
+    ]
 
 
 @pytest.mark.parametrize(("name", "near"), [("mxfp5", "mxfp4"), ("e4m2", "e4m3"), ("zzz", "fewbit formats")])

@@ -11,11 +11,26 @@ from collections.abc import Callable
 from fewbit.errors import InputError
 from fewbit.recipe.awq import awq
 from fewbit.recipe.gptq import gptq
-from fewbit.recipe.recipe import Recipe, Rule, from_yaml
+from fewbit.recipe.mofq import mofq
+from fewbit.recipe.recipe import Alternative, Recipe, Rule, from_yaml
 from fewbit.recipe.rtn import fp8, int8, nf4, rtn
 from fewbit.recipe.smoothquant import smoothquant
+from fewbit.recipe.w8a8 import fp8_dynamic, llm_int8, quanto, w8a8
 
-RECIPES: tuple[Callable[..., Recipe], ...] = (rtn, gptq, awq, smoothquant, int8, fp8, nf4)
+RECIPES: tuple[Callable[..., Recipe], ...] = (
+    rtn,
+    gptq,
+    awq,
+    smoothquant,
+    int8,
+    fp8,
+    nf4,
+    w8a8,
+    llm_int8,
+    fp8_dynamic,
+    quanto,
+    mofq,
+)
 
 
 def named(name: str, settings: dict[str, str] | None = None) -> Recipe:
@@ -59,6 +74,6 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
 
 
 __all__ = [
-    "RECIPES", "Recipe", "Rule", "awq", "fp8", "from_yaml", "gptq", "int8", "named", "nf4", "rtn",
-    "smoothquant",
+    "RECIPES", "Alternative", "Recipe", "Rule", "awq", "fp8", "fp8_dynamic", "from_yaml", "gptq",
+    "int8", "llm_int8", "mofq", "named", "nf4", "quanto", "rtn", "smoothquant", "w8a8",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ run's recipe is another run's input.
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import yaml
 
@@ -23,19 +23,32 @@ from fewbit.transform.chooser import Chooser
 
 
 @dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """Another pair of formats that a layer may get instead of its rule's, where the error is less."""
+
+    weight: Format
+    input: Activation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rule:
     """Layers whose full name matches ``match`` (shell pattern: *, ?, [..]) get ``weight``, solved by
     ``solver``, and read their ``input`` quantized.
 
-    ``weight=None`` leaves them as they are; ``input=None`` leaves the input in the model's dtype.
+    ``weight=None`` leaves them as they are; ``input=None`` leaves the input in the model's dtype. With
+    ``alternatives`` each layer gets the formats with the least error of its output (of the weight alone where
+    nothing asks for calibration); on a tie the rule's own.
     """
 
     match: str = "*"
     weight: Format | None = None
     solver: Solver = Rtn()
     input: Activation | None = None
+    alternatives: tuple[Alternative, ...] = ()
 
     def __post_init__(self):
+        for one in self.alternatives:
+            self.solver.check(one.weight)
         if self.weight is not None:
             self.solver.check(self.weight)
         elif self.input is not None:
@@ -50,11 +63,22 @@ class Rule:
         if self.weight is None:
             return frozenset()
         needs = set(self.solver.needs)
-        if self.weight.scale is not None and self.weight.range.wants_importance:
-            needs.add(Need.GRAM)
-        if self.input is not None and self.input.static:
-            needs |= {Need.COLUMNS, Need.SAMPLE}
+        for weight, input in self.choices:
+            if weight.scale is not None and weight.range.wants_importance:
+                needs.add(Need.GRAM)
+            if input is not None and (input.static or self.alternatives):
+                needs |= {Need.COLUMNS, Need.SAMPLE}
         return frozenset(needs)
+
+    @property
+    def choices(self) -> tuple[tuple[Format, Activation | None], ...]:
+        """Formats of weight and input that a layer may get, the rule's own first."""
+        return ((self.weight, self.input), *((a.weight, a.input) for a in self.alternatives))
+
+    def chosen(self, choice: int) -> Rule:
+        """The rule with one of its ``choices`` made."""
+        weight, input = self.choices[choice]
+        return replace(self, weight=weight, input=input, alternatives=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +115,7 @@ def from_yaml(text: str, where: str = "recipe file") -> Recipe:
         raise InputError(f"{where} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise InputError(f"{where} holds no recipe; expected the YAML that fewbit writes beside a checkpoint")
-    recipe = from_plain(data, (Recipe, Rule, *SOLVERS, *CHOOSERS, *FORMAT_CLASSES))
+    recipe = from_plain(data, (Recipe, Rule, Alternative, *SOLVERS, *CHOOSERS, *FORMAT_CLASSES))
     if not isinstance(recipe, Recipe):
         raise InputError(f"{where} holds a {type(recipe).__name__}, expected a Recipe")
     return recipe

@@ -34,6 +34,7 @@ from fewbit.io.source import check_finite
 from fewbit.nn.linear import transform_input
 from fewbit.solve import Rtn, SolverWarning
 from fewbit.stream.blocks import Blocks, set_weight, watch, weight_of
+from fewbit.stream.choose import choose, error, static_params
 from fewbit.stream.fold import Notes, fold_maps
 from fewbit.stream.inputs import Inputs
 from fewbit.stream.job import Job
@@ -129,7 +130,9 @@ class Loop:
             tensors, rows = self.job.load(i)
             for n in as_stored:  # a fold may have changed them
                 tensor(self.model, n).data.copy_(tensors[self.mapping[n]])
+            choice = {row.layer: row.choice for row in rows}
             for m, layer in layers.items():
+                layer = layer.chosen(choice[layer.name])
                 q = codec(self.plan).from_dict(layer.name, tensors, layer.format, layer.shape)
                 set_weight(self.model.get_submodule(m), q.dequantize().to(device))
                 params = inputs.from_dict(layer.name, tensors, layer.activation, layer.shape[1])
@@ -247,9 +250,14 @@ class Loop:
             solver = rule.solver
             if stats.gram is None and solver.needs:
                 solver = Rtn()
+            choice = 0
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", SolverWarning)
-                q = solver(w, stats, rule.weight)
+                if rule.alternatives:
+                    choice, q = choose(w, stats, solver, rule.choices)
+                    layers = [layers[0].chosen(choice)]
+                else:
+                    q = solver(w, stats, rule.weight)
             said = notes + tuple(str(c.message) for c in caught if issubclass(c.category, SolverWarning))
             begin = 0
             seconds = (time.perf_counter() - start) / len(layers)
@@ -262,9 +270,10 @@ class Loop:
                     format=layer.text,
                     solver=type(solver).__name__.lower(),
                     bits_per_weight=layer.bits_per_weight,
-                    error=_error(part, value, stats.gram),
+                    error=error(part, value, stats.gram),
                     tokens=stats.tokens,
                     notes=said,
+                    choice=choice,
                 )
                 if not math.isfinite(row.error):
                     raise InputError(
@@ -272,7 +281,7 @@ class Loop:
                     )
                 set_weight(module, value)
                 out[layer.module] = own.to("cpu")
-                params = _static(layer, stats)
+                params = static_params(layer.activation, stats, layer.name)
                 self._see_quantized(layer, params)
                 if params is not None:
                     self.params[layer.module] = params.to("cpu")
@@ -285,36 +294,11 @@ def _outside_flow(block: nn.Module, stop) -> object:
     return block(*stop.args, **stop.kwargs)
 
 
-def _static(layer: PlannedLayer, stats: Stats) -> Params | None:
-    """Static steps of a layer's input; None where there are none."""
-    own = layer.activation
-    if own is None or not own.static:
-        return None
-    if stats.sample is None:
-        raise InputError(
-            f"the calibration text never reached layer {layer.name}, so its input has no static range; use "
-            "more text or a dynamic range"
-        )
-    if own.momentum is None:
-        return own.fit(stats.sample, stats.low, stats.high)
-    low, high = stats.batches[0]
-    for batch in stats.batches[1:]:
-        low, high = own.momentum * torch.stack([low, high]) + (1 - own.momentum) * batch
-    return own.fit_range(low.expand(layer.shape[1]), high.expand(layer.shape[1]))
-
-
 def _stacks(group: list[PlannedLayer]) -> list[list[PlannedLayer]]:
     """Layers with one input and equal rules, solved as one matrix where no block spans rows."""
     stacks: dict[object, list[PlannedLayer]] = {}
     for layer in group:
-        key = layer.rule if layer.format.rows_independent else layer.module
+        apart = layer.rule.alternatives or not layer.format.rows_independent
+        key = layer.module if apart else layer.rule
         stacks.setdefault(key, []).append(layer)
     return list(stacks.values())
-
-
-def _error(w: Tensor, value: Tensor, gram: Tensor | None) -> float:
-    """Relative squared error of the output, or of the weight where no inputs were gathered."""
-    e = w - value
-    if gram is None:
-        return float(e.square().sum() / w.square().sum().clamp(min=1e-30))
-    return float(((e @ gram) * e).sum() / ((w @ gram) * w).sum().clamp(min=1e-30))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -63,12 +63,17 @@ class PlannedLayer:
     @property
     def text(self) -> str:
         """Formats of weight and input in words."""
-        return str(self.format) if self.activation is None else f"{self.format}, input {self.activation}"
+        formats = (str(w) if x is None else f"{w}, input {x}" for w, x in self.rule.choices)
+        return " or ".join(formats)
+
+    def chosen(self, choice: int) -> PlannedLayer:
+        """The layer with one of its rule's choices made."""
+        return replace(self, rule=self.rule.chosen(choice)) if self.rule.alternatives else self
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight."""
-        return self.format.bits_per_weight(self.shape)
+        """Stored bits per weight; of several choices the most."""
+        return max(weight.bits_per_weight(self.shape) for weight, _ in self.rule.choices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +158,7 @@ def make_plan(
     mapping, unused = parameter_map(source, model)
     blocks = find_blocks(model)
     layers, left = assign(model, blocks, recipe, mapping)
-    refusals = (compressed_tensors.refusal(x.format, x.kind, x.activation) for x in layers)
+    refusals = (compressed_tensors.refusal(w, x.kind, a) for x in layers for w, a in x.rule.choices)
     reason = next((r for r in refusals if r), "")
     needs = _needs(layers, recipe)
     used = calibration if needs else None
@@ -240,9 +245,10 @@ def assign(
             left.append(stored)
             continue
         shape = tuple(weight_of(module).shape)
-        rule.weight.check(shape, f"layer {name}")
-        if rule.input is not None:
-            rule.input.format.check((1, shape[1]), f"the input of layer {name}")
+        for weight, input in rule.choices:
+            weight.check(shape, f"layer {name}")
+            if input is not None:
+                input.format.check((1, shape[1]), f"the input of layer {name}")
         layers.append(
             PlannedLayer(
                 module=name,

@@ -24,6 +24,7 @@ class LayerRow:
     error: float
     tokens: int
     notes: tuple[str, ...] = ()
+    choice: int = 0  # which of the rule's choices the layer got
 
     def as_dict(self) -> dict:
         """Plain data for JSON."""

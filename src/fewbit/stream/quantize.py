@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -107,6 +107,8 @@ def quantize(
     try:
         logits = loop.run(tokens)
         progress.phase("writing the checkpoint")
+        choice = {row.layer: row.choice for row in loop.rows}
+        plan = replace(plan, layers=tuple(x.chosen(choice[x.name]) for x in plan.layers))
         _write(plan, job, loop, len(blocks))
         progress.phase("reading it back")
         difference = verify(job.ready, loop.witness, logits, device)
