@@ -11,6 +11,7 @@ from collections.abc import Callable
 from fewbit.errors import InputError
 from fewbit.recipe.awq import awq
 from fewbit.recipe.gptq import gptq
+from fewbit.recipe.hqq import hqq
 from fewbit.recipe.mofq import mofq
 from fewbit.recipe.recipe import Alternative, Recipe, Rule, from_yaml
 from fewbit.recipe.rtn import fp8, int8, nf4, rtn
@@ -20,6 +21,7 @@ from fewbit.recipe.w8a8 import fp8_dynamic, llm_int8, quanto, w8a8
 RECIPES: tuple[Callable[..., Recipe], ...] = (
     rtn,
     gptq,
+    hqq,
     awq,
     smoothquant,
     int8,
@@ -75,5 +77,5 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
 
 __all__ = [
     "RECIPES", "Alternative", "Recipe", "Rule", "awq", "fp8", "fp8_dynamic", "from_yaml", "gptq",
-    "int8", "llm_int8", "mofq", "named", "nf4", "quanto", "rtn", "smoothquant", "w8a8",
+    "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "quanto", "rtn", "smoothquant", "w8a8",
 ]  # fmt: skip
