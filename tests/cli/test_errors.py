@@ -227,9 +227,17 @@ def test_what_cannot_be_generated(fewbit, llama, tmp_path):
 
 
 def test_usage_errors_and_defects_have_their_own_codes(fewbit, llama, monkeypatch):
-    assert fewbit("quantize", llama, "-r", "rtn").code == 2  # no -o
-    assert fewbit("quantise", llama).code == 2
-    assert fewbit("eval", llama, "--join", "glue").code == 2
+    for words, said in (
+        (("quantize", llama, "-r", "rtn"), "Missing option '--output' / '-o'; `fewbit quantize --help`"),
+        (("quantise", llama), "No such command 'quantise'"),
+        (("eval", llama, "--join", "glue"), "'glue'"),
+        (("memory", llama, "--context", "nan"), "--context"),
+        (("memory", ""), "The name of the model is empty"),
+        (("memory", "/no/such/folder"), "There is no model at /no/such/folder"),
+    ):
+        ran = fewbit(*words)
+        assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+        assert said in ran.err
 
     def broken(*args, **kwargs):
         raise RuntimeError("a defect")

@@ -125,7 +125,14 @@ def test_json_has_every_digit(fewbit):
         (("three",), "'three' is not a number"),
         (("1", "--fromat", "fp32"), "'--fromat' is not a number"),
         (("1e99999999999",), "beyond +-2000"),
-        (("1", "--format", "e4m4"), "there is no grid named 'e4m4'; did you mean"),
+        (("1e301",), "beyond 1e+-300"),
+        (("-1e-301", "--format", "fp32"), "beyond 1e+-300"),
+        (("9" * 390,), "beyond 1e+-300"),
+        (("1", "--format", "e4m4"), "there is no grid or block format named 'e4m4'; did you mean"),
+        (("1", "--format", ""), "`fewbit formats` lists them all"),
+        (("1", "--format", "q9.9"), "1 to 16 bits"),
+        (("1", "2", "--format", "mxfp4-g0"), "group size 0"),
+        (("--code", "7", "--format", "mxfp4"), "mxfp4 is a block format, whose elements are e2m1"),
         (("1", "nan", "--format", "mxfp4"), "takes finite numbers, got nan"),
         (("--code", "0x100", "--format", "e4m3fn"), "its codes go from 0 to 0xff"),
         (("--code", "seven", "--format", "e4m3fn"), "is not a bit pattern"),
@@ -137,6 +144,21 @@ def test_bad_input_is_one_sentence_and_exit_code_2(fewbit, words, said):
     ran = fewbit("explain", *words)
     assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
     assert said in ran.err
+
+
+def test_the_largest_and_the_least_number_that_is_taken(fewbit):
+    for text, held in (("-1e300", "1 11111110"), ("1e-300", "0 00000000")):
+        ran = fewbit("explain", text, "--format", "fp32")
+        assert (ran.code, ran.err) == (0, "")
+        assert f"Code: {held}" in ran.out
+        assert "inf" not in ran.out.split("Code:")[1]
+
+
+def test_a_block_format_takes_another_block_after_its_name(fewbit):
+    lines = fewbit("explain", "1", "2", "3", "8", "--format", "mxfp4-g2").out.splitlines()
+    assert lines[0].startswith("4 numbers in mxfp4-g2")
+    steps = [line.split()[:2] for line in lines[4:8]]
+    assert steps == [["1", "0.5"], ["2", "0.5"], ["3", "2"], ["8", "2"]]
 
 
 def test_help_ends_with_an_example(fewbit):

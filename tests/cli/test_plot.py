@@ -33,8 +33,12 @@ def test_error(fewbit, tmp_path, monkeypatch):
         (("error", "-o", "a"), ".svg, .png, .pdf"),
         (("points", "-o", "no/such/a.svg"), "does not exist"),
         (("points", "int44", "-o", "a.svg"), "int4"),
-        (("points", "mxfp4", "-o", "a.svg"), "values are those of e2m1"),
+        (("points", "mxfp4", "-o", "a.svg"), "whose elements are e2m1"),
         (("points", "fp32", "-o", "a.svg"), "too many"),
+        (("points", "higgs-p2-n4", "-o", "a.svg"), "2 coordinates"),
+        (("points", "zzz", "-o", "a.svg"), "`fewbit formats` lists them all"),
+        (("points", "int4"), "Missing option '--output' / '-o'; `fewbit plot points --help` says"),
+        ((), "Missing command"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_sentence(fewbit, tmp_path, words, sentence):

@@ -20,7 +20,8 @@ Exact = Fraction | float  # a float only for Inf, -Inf, NaN and -0.0
 
 PI = Fraction("3.14159265358979323846264338327950288419716939937510")  # 50 decimals
 MOST_CHARACTERS = 400
-MOST_EXPONENT = 2000  # far beyond every format; numbers stay small enough to write out
+MOST_EXPONENT = 2000  # of two or ten, before anything is computed
+FARTHEST = 10**300  # no format reaches past 2^128; a float64, in which errors are printed, does
 
 _DECIMAL = re.compile(r"(\d+\.?\d*|\.\d+)(?:e([+-]?\d+))?", re.ASCII)
 _RATIO = re.compile(r"\d+/\d+", re.ASCII)
@@ -30,11 +31,16 @@ _HEX = re.compile(r"0x([0-9a-f]*)\.?([0-9a-f]*)(?:p([+-]?\d+))?", re.ASCII)
 def parse(text: str) -> Exact:
     """The number that ``text`` writes: "3.14", "-1e-5", "0x1.8p3", "1/3", "pi", "inf", "nan", "-0".
 
-    Raises ``InputError`` for anything else, and for exponents beyond +-2000.
+    Raises ``InputError`` for anything else, and for what is not between 1e-300 and 1e300.
     """
     word = text.strip().lower()
     negative = word.startswith("-")
     found = _magnitude(word[1:] if word[:1] in ("+", "-") else word, text)
+    if isinstance(found, Fraction) and found and not 1 <= found * FARTHEST <= FARTHEST**2:
+        said = f"{text.strip()} lies beyond 1e+-300, where no format reaches"
+        raise InputError(f"{said}; give a number nearer to 1")
+            f"{text.strip()} lies beyond 1e+-300, where no format reaches; give a number nearer to 1"
+        )
     if isinstance(found, float):
         return -found if negative and not math.isnan(found) else found
     return (-found if found else -0.0) if negative else found

@@ -203,7 +203,8 @@ def _special(grid: Float, x: Exact) -> Point | None:
     if grid.specials is Specials.NONE:
         return None
     loose = replace(grid, saturate=False)
-    return point_at(grid, pattern_of(loose, math.copysign(math.inf, x) if x else 0.0))
+    beyond = -math.inf if x < 0 else math.inf
+    return point_at(grid, pattern_of(loose, beyond if x else 0.0))
 
 
 def _signed(grid: Float, magnitude: int, negative: bool) -> int:

@@ -91,21 +91,18 @@ def explain(
 
 def _resolve(name: str, count: int) -> Grid | Format:
     """The grid of a name, or the block format. A name of both (nf4) is the latter for several numbers."""
+    from fewbit.cli.names import find
     from fewbit.format import Format
-    from fewbit.format.named import FORMATS
-    from fewbit.grid import GRIDS, by_name
 
-    key = name.lower()
-    block = FORMATS.get(key)
-    if block is not None and (count > 1 or key not in {grid.name for grid in GRIDS}):
-        return block if block.scale is not None else block.grid
-    grid = by_name(name)
+    grid, block = find(name)
+    if block is not None and (count > 1 or grid is None):
+        return block
     return Format(grid=grid) if grid.width > 1 else grid
 
 
 def _decoded(code: str, values: list[str], names: list[str]) -> list[Explanation]:
     from fewbit.analyze.explain import decode
-    from fewbit.grid import by_name
+    from fewbit.cli.names import find_grid
 
     if values:
         raise InputError(f"--code {code} and the number {values[0]} are both given; give one of them")
@@ -119,7 +116,7 @@ def _decoded(code: str, values: list[str], names: list[str]) -> list[Explanation
         raise InputError(
             f"--code {code!r} is not a bit pattern; give one such as 0x7e, 0b1111110 or 126"
         ) from None
-    return [decode(pattern, by_name(name)) for name in names]
+    return [decode(pattern, find_grid(name, "give --format that of the element")) for name in names]
 
 
 def _print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fewbit.cli.options import Json
-from fewbit.errors import InputError
 
 if TYPE_CHECKING:
     from fewbit.analyze.hardware import NumberType
@@ -61,25 +59,16 @@ def formats(
 
 def _chosen(names: list[str]) -> tuple[list[Grid], dict[str, Format]]:
     """The grids and block formats of these names, in the order given."""
-    from fewbit.format.named import FORMATS
-    from fewbit.grid import ALIASES, GRIDS, by_name
+    from fewbit.cli.names import find
 
-    grids, blocks = [], {}
+    grids, blocks = {}, {}
     for name in names:
-        key = name.lower()
-        if key in FORMATS:
-            blocks[key] = FORMATS[key]
-        # A name may be of both: nf4 is a grid of 16 values, and a format of blocks of 64.
-        try:
-            grids.append(by_name(key))
-        except InputError:
-            if key in blocks:
-                continue
-            known = [*(grid.name for grid in GRIDS), *ALIASES, *FORMATS]
-            near = difflib.get_close_matches(key, known, n=6, cutoff=0.5)
-            remedy = f"did you mean {', '.join(near)}?" if near else "`fewbit formats` lists them all"
-            raise InputError(f"there is no grid or block format named {name!r}; {remedy}") from None
-    return list(dict.fromkeys(grids)), blocks
+        grid, block = find(name)
+        if grid is not None:
+            grids[grid] = None
+        if block is not None:
+            blocks[name.strip().lower()] = block
+    return list(grids), blocks
 
 
 # -- the two tables

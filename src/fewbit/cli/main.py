@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from fewbit.cli import evaluate, explain, formats, generate, memory, plot, quantize, tables
 from fewbit.errors import InputError
 
+UsageError = typer.BadParameter.__base__  # click's own, or that of the copy inside newer typers
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -31,6 +32,9 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except InputError as error:
             self._leave(2, str(error))
+        except UsageError as error:
+            at = (error.ctx or ctx).command_path.removeprefix(ctx.find_root().command_path)
+            self._leave(2, f"{error.format_message().rstrip('.')}; `fewbit{at} --help` says what it takes")
         except KeyboardInterrupt:
             again = "; the same command goes on from the last finished block"
             self._leave(130, "interrupted" + (again if ctx.invoked_subcommand == "quantize" else ""))

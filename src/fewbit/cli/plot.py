@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from fewbit.cli.options import note
-from fewbit.errors import InputError
-
-if TYPE_CHECKING:
-    from fewbit.grid import Grid
 
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="FILE", help="A file that ends in .svg, .png or .pdf.")
@@ -19,7 +15,6 @@ Output = Annotated[
 
 app = typer.Typer(
     help="Draw the two pictures of number formats (needs matplotlib: pip install 'fewbit[report]').",
-    no_args_is_help=True,
     rich_markup_mode="markdown",
 )
 
@@ -36,25 +31,12 @@ def points(
 ) -> None:
     """Draw every value that each format can hold, evenly scaled and on a logarithmic axis."""
     from fewbit.analyze.plots import check_path, number_line, save
+    from fewbit.cli.names import find_grid
 
     check_path(output)
-    save(number_line([_grid(name) for name in formats or ()]), output)
+    grids = [find_grid(name, "draw those: before the steps they are its values") for name in formats or ()]
+    save(number_line(grids), output)
     note(f"wrote {output}")
-
-
-def _grid(name: str) -> Grid:
-    from fewbit.format.named import FORMATS
-    from fewbit.grid import by_name
-
-    try:
-        return by_name(name)
-    except InputError:
-        block = FORMATS.get(name.lower())
-        if block is None:
-            raise
-        raise InputError(
-            f"{name} is a block format: before its steps its values are those of {block.grid.name}; draw that"
-        ) from None
 
 
 @app.command(epilog="Example:  fewbit plot error -o error.svg")

@@ -23,6 +23,7 @@ from fewbit.format.named import (
     FP16,
     FP32,
     SCALES,
+    find_format,
     format_by_name,
 )
 from fewbit.format.octav import OCTAV
@@ -37,5 +38,5 @@ __all__ = [
     "MSE", "OCTAV", "RANGES", "SCALES", "AbsMax", "Block", "Block2d", "Channel", "Divisor", "Flat",
     "Format", "Gaussian", "Group", "MinMax", "Need", "OutputMSE", "Params", "PerTensor", "Percentile",
     "PowerOfTwo", "Prior", "Progressive", "QTensor", "Range", "Scaling", "Stats", "Token", "Zero",
-    "format_by_name", "value_of",
+    "find_format", "format_by_name", "value_of",
 ]  # fmt: skip

@@ -97,18 +97,20 @@ _MSFP = ("msfp16", "msfp14", "msfp13", "msfp12")
 FORMATS = MappingProxyType(_all())
 
 
-def format_by_name(name: str) -> Format:
-    """The block format of that name; "-g64" after it sets the block: "qoq-g64", "mxfp4-even-g16".
-
-    Raises ``InputError`` that lists near names.
-    """
-    base, dash, size = name.lower().rpartition("-g")
+def find_format(name: str) -> Format | None:
+    """The block format of that name, or None; "-g64" after it sets the block: "qoq-g64", "mxfp4-even-g16"."""
+    key = name.lower()
+    base, dash, size = key.rpartition("-g")
     if dash and size.isdigit() and base in FORMATS:
         return replace(FORMATS[base], block=replace(FORMATS[base].block, size=int(size)))
-    found = FORMATS.get(name.lower())
+    return FORMATS.get(key)
+
+
+def format_by_name(name: str) -> Format:
+    """`find_format`, but raises ``InputError`` that lists near names when there is none."""
+    found = find_format(name)
     if found is None:
         near = difflib.get_close_matches(name.lower(), FORMATS, n=5, cutoff=0.4)
-        raise InputError(
-            f"there is no block format named {name!r}; did you mean {', '.join(near or FORMATS)}?"
-        )
+        remedy = f"did you mean {', '.join(near)}?" if near else "`fewbit formats` lists them"
+        raise InputError(f"there is no block format named {name!r}; {remedy}")
     return found

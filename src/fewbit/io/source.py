@@ -13,7 +13,6 @@ Road not taken: ``from_pretrained`` and then quantize. It is simpler and needs t
 """
 
 import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ import torch
 
 from fewbit.errors import InputError
 from fewbit.io.base import Source, TensorInfo, check_finite, content_hash, first_line
-from fewbit.io.locate import PACKAGED, from_hub, packaged_file
+from fewbit.io.locate import PACKAGED, from_hub, is_hub_id, packaged_file
 
 __all__ = ["SafetensorsSource", "Source", "TensorInfo", "check_finite", "open_source"]
 
@@ -74,6 +73,10 @@ def open_source(model: str | Path) -> Source:
     name = str(model)
     if name == PACKAGED:
         return GgufSource(packaged_file(), name)
+    if not name:
+        raise InputError(
+            f"The name of the model is empty; give a folder, a .gguf file, a hub id, or {PACKAGED!r}."
+        )
     path = Path(model).expanduser()
     if path.is_dir():
         return open_folder(path, name)
@@ -83,7 +86,7 @@ def open_source(model: str | Path) -> Source:
         raise InputError(
             f"{name} is a single file that is not GGUF; give a .gguf file, or the folder of the safetensors."
         )
-    if path.suffix == ".gguf" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+    if path.suffix == ".gguf" or not is_hub_id(name):
         raise InputError(
             f"There is no model at {name}; give a folder, a .gguf file, a hub id, or {PACKAGED!r}."
         )
