@@ -1,4 +1,4 @@
-"""HQQ: Badri, Shaji 2023, https://mobiusml.github.io/hqq_blog/. Good ranges from the weights alone, in seconds.
+"""HQQ: Badri, Shaji 2023, https://mobiusml.github.io/hqq_blog/. Ranges from the weights alone, in seconds.
 
 Beyond the paper: the step is refined beside the zero, each group keeps its best range, and columns whose
 weights show that they meet large inputs count more, without which a float zero loses to plain rounding below
@@ -36,7 +36,5 @@ def hqq(
         bits=bits, grid=grid, group_size=group_size, symmetric=symmetric, zero=zero, scale=scale,
         divisor=divisor,
     )  # fmt: skip
-    solver = Hqq(
-        norm=norm, beta=beta, kappa=kappa, iterations=iterations, stretch=stretch, columns=columns
-    )  # fmt: skip
+    solver = Hqq(norm=norm, beta=beta, kappa=kappa, iterations=iterations, stretch=stretch, columns=columns)
     return Recipe(name="hqq", rules=(Rule(match="*", weight=fmt, solver=solver),))

@@ -98,7 +98,7 @@ def shrink(x: Tensor, p: float, beta: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Refined(Range):
-    """The interval of ``start``, moved as ``how`` says. Never worse than ``start`` by the error of ``how``."""
+    """The interval of ``start``, moved as ``how`` says; never worse than ``start`` by its error."""
 
     start: Range
     how: Hqq
@@ -119,7 +119,7 @@ class _Refined(Range):
 
 
 def refine(x: Tensor, lo: Tensor, hi: Tensor, a: Tensor, fmt: Target, how: Hqq) -> tuple[Tensor, Tensor]:
-    """Intervals [N] of blocks ``x`` [N, n] after at most ``how.iterations`` moves; error weights ``a`` [N, n].
+    """Intervals [N] of blocks ``x`` [N, n] after at most ``how.iterations`` moves; ``a`` [N, n] weigh errors.
 
     A block stops at its first move that does not lower its weighted error, and keeps the interval before it.
     """
