@@ -62,11 +62,8 @@ def find_outside(model: nn.Module) -> Outside:
     size, kind = embedding.embedding_dim, type(model).__name__
     inside = tuple(name + "." for name in find_blocks(model).names)
     embeddings, norms = [], {}
-    own = {
-        n: m for n, m in model.named_modules() if not n.startswith(inside) and [*m.parameters(recurse=False)]
-    }
-    for name, module in own.items():
-        if module is head:
+    for name, module in model.named_modules():
+        if name.startswith(inside) or module is head or not [*module.parameters(recurse=False)]:
             continue
         if isinstance(module, nn.Embedding) and module.embedding_dim == size:
             embeddings.append(name)
@@ -75,7 +72,7 @@ def find_outside(model: nn.Module) -> Outside:
         else:
             raise InputError(
                 f"{name} ({type(module).__name__}) of {kind} is no embedding of {size} channels, no norm "
-                "and not the head, so the residual stream cannot be rotated past it; {REMEDY}"
+                f"and not the head, so the residual stream cannot be rotated past it; {REMEDY}"
             )
     if len(norms) > 1 or (norms and head is None):
         raise InputError(
