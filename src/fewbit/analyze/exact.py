@@ -39,8 +39,6 @@ def parse(text: str) -> Exact:
     if isinstance(found, Fraction) and found and not 1 <= found * FARTHEST <= FARTHEST**2:
         said = f"{text.strip()} lies beyond 1e+-300, where no format reaches"
         raise InputError(f"{said}; give a number nearer to 1")
-            f"{text.strip()} lies beyond 1e+-300, where no format reaches; give a number nearer to 1"
-        )
     if isinstance(found, float):
         return -found if negative and not math.isnan(found) else found
     return (-found if found else -0.0) if negative else found
