@@ -13,6 +13,7 @@ from fewbit.recipe.awq import awq
 from fewbit.recipe.gptq import gptq
 from fewbit.recipe.hqq import hqq
 from fewbit.recipe.mofq import mofq
+from fewbit.recipe.quarot import quarot
 from fewbit.recipe.recipe import Alternative, Recipe, Rule, from_yaml
 from fewbit.recipe.rtn import fp8, int8, nf4, rtn
 from fewbit.recipe.smoothquant import smoothquant
@@ -32,6 +33,7 @@ RECIPES: tuple[Callable[..., Recipe], ...] = (
     fp8_dynamic,
     quanto,
     mofq,
+    quarot,
 )
 
 
@@ -76,6 +78,6 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
 
 
 __all__ = [
-    "RECIPES", "Alternative", "Recipe", "Rule", "awq", "fp8", "fp8_dynamic", "from_yaml", "gptq",
-    "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "quanto", "rtn", "smoothquant", "w8a8",
+    "RECIPES", "Alternative", "Recipe", "Rule", "awq", "fp8", "fp8_dynamic", "from_yaml", "gptq", "hqq",
+    "int8", "llm_int8", "mofq", "named", "nf4", "quanto", "quarot", "rtn", "smoothquant", "w8a8",
 ]  # fmt: skip

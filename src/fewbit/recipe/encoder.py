@@ -2,7 +2,7 @@
 
     x = LayerNorm(a),   h = FFN(x),   y = x + h,   out = LayerNorm(y)
 
-In h and y a few embedding dimensions are a hundred times wider than the rest, at a few tokens ([CLS], [SEP],
+In h and y a few embedding dimensions are a hundred times wider than the rest, at a few tokens ([SEP], [CLS],
 punctuation): one step for the whole tensor then leaves the other dimensions a handful of codes. Two ways out
 after training:
 

@@ -20,6 +20,7 @@ from fewbit.format.codec import FORMAT_CLASSES, from_plain, to_plain
 from fewbit.solve import SOLVERS, Need, Rtn, Solver
 from fewbit.transform import CHOOSERS
 from fewbit.transform.chooser import Chooser
+from fewbit.transform.rotation import Rotation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +86,14 @@ class Rule:
 class Recipe:
     """Ordered rules under a name; the first match wins, a layer that none matches stays as it is.
 
-    transforms: what chooses maps at the seams of each block before its layers are solved, in this order.
+    rotation: QuaRot's maps of the whole model, done first; transforms: what chooses maps at the seams of each
+    block before its layers are solved, in this order.
     """
 
     name: str
     rules: tuple[Rule, ...]
     transforms: tuple[Chooser, ...] = ()
+    rotation: Rotation | None = None
 
     def __post_init__(self):
         if not self.rules:
@@ -115,7 +118,7 @@ def from_yaml(text: str, where: str = "recipe file") -> Recipe:
         raise InputError(f"{where} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise InputError(f"{where} holds no recipe; expected the YAML that fewbit writes beside a checkpoint")
-    recipe = from_plain(data, (Recipe, Rule, Alternative, *SOLVERS, *CHOOSERS, *FORMAT_CLASSES))
+    recipe = from_plain(data, (Recipe, Rule, Alternative, Rotation, *SOLVERS, *CHOOSERS, *FORMAT_CLASSES))
     if not isinstance(recipe, Recipe):
         raise InputError(f"{where} holds a {type(recipe).__name__}, expected a Recipe")
     return recipe

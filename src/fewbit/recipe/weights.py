@@ -79,8 +79,14 @@ def _built(
     divisor: str,
 ) -> Format:
     """``group_size`` -1 is one scale per row, 0 one for the tensor; ``grid`` overrides ``bits``."""
+    points = by_name(grid or f"int{bits}")
+    if symmetric and not points.min < 0 < points.max:
+        raise InputError(
+            f"{points.name} holds values of one sign only, from {points.min:g} to {points.max:g}, and weights "
+            "have both; set symmetric=false (zero=offset serves any grid) or use another grid"
+        )
     return Format(
-        grid=by_name(grid or f"int{bits}"),
+        grid=points,
         block={-1: Channel(), 0: PerTensor()}.get(group_size) or Group(group_size),
         range=choice("range", range, RANGE_NAMES),
         zero=Zero.NONE if symmetric else choice("zero", zero, {z.value: z for z in Zero}),

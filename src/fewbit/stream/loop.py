@@ -40,8 +40,10 @@ from fewbit.stream.inputs import Inputs
 from fewbit.stream.job import Job
 from fewbit.stream.plan import Plan, PlannedLayer, codec
 from fewbit.stream.progress import LayerRow, Progress
+from fewbit.stream.rotate import online_map, outer_tensors, rotate_block, rotate_ends, round_to
 from fewbit.stream.suspend import Flow, advance, wait
 from fewbit.stream.weights import Rounded, forget, tensor
+from fewbit.transform import Map
 
 SMALL = 1 << 20  # parameters outside the blocks with fewer elements stay resident
 BATCH_TOKENS = 2048  # calibration tokens in one suspended forward
@@ -62,6 +64,9 @@ class Loop:
     witness: Tensor | None = None
     params: dict[str, Params] = field(default_factory=dict)  # static steps of inputs of the block at hand
     flows: list[Flow] = field(default_factory=list)
+    stream: Map | None = None  # the rotation of the residual stream
+    untied: tuple[str, ...] = ()  # parameters that are stored for the first time
+    outer: dict[str, Tensor] = field(default_factory=dict)  # rotated tensors outside the blocks, as stored
 
     @torch.no_grad()
     def run(self, tokens: Tensor | None) -> Tensor:
@@ -73,6 +78,11 @@ class Loop:
         outside = [n for n in self.mapping if not n.startswith(inside)]
         materialize(self.model, outside, self.stored, self.mapping, device, self.dtype)
         self._check(outside)
+        rotation = plan.recipe.rotation
+        if rotation is not None:
+            self.stream, self.untied = rotate_ends(self.model, rotation, plan.source.dtype)
+            written = {n: self.mapping[n] for n in outside if n not in self.untied}
+            self.outer = outer_tensors(self.model, written | {n: n for n in self.untied}, plan.source.dtype)
         vocabulary = self.model.get_input_embeddings().num_embeddings
         self.witness = (
             tokens[:1, :64] if tokens is not None else (torch.arange(1, 33) * 7919 % vocabulary)[None]
@@ -84,7 +94,8 @@ class Loop:
             flows = [forward(ids) for ids in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))]
         self.flows = [guide, *flows]
         handles = [b.register_forward_pre_hook(wait, with_kwargs=True) for b in self.blocks.modules]
-        large = [n for n in outside if tensor(self.model, n).numel() >= SMALL]
+        # Rotated ends cannot be read again, so they stay.
+        large = [n for n in outside if tensor(self.model, n).numel() >= SMALL and rotation is None]
         try:
             for i in range(len(self.blocks)):
                 stop = advance([guide, *flows], self.blocks.modules[i])[0]
@@ -130,15 +141,21 @@ class Loop:
             tensors, rows = self.job.load(i)
             for n in as_stored:  # a fold may have changed them
                 tensor(self.model, n).data.copy_(tensors[self.mapping[n]])
-            choice = {row.layer: row.choice for row in rows}
+            self.rows += rows
             for m, layer in layers.items():
-                layer = layer.chosen(choice[layer.name])
+                layer = self.done(layer)
+                if layer.online is not None:
+                    transform_input(self.model.get_submodule(m), layer.online.apply)
                 q = codec(self.plan).from_dict(layer.name, tensors, layer.format, layer.shape)
                 set_weight(self.model.get_submodule(m), q.dequantize().to(device))
                 params = inputs.from_dict(layer.name, tensors, layer.activation, layer.shape[1])
                 self._see_quantized(layer, None if params is None else params.to(device))
             self.resumed += 1
         else:
+            online = {}
+            if self.stream is not None:
+                online = rotate_block(block, self.plan.recipe.rotation, self.stream, stop)
+                round_to((tensor(self.model, n) for n in as_stored), self.plan.source.dtype)
             said = self._fold(block, name, layers, flows, stop) if self.plan.recipe.transforms else {}
             groups = watch(block, lambda: _outside_flow(block, stop))
             groups = [[layers[f"{name}.{n}"] for n in g if f"{name}.{n}" in layers] for g in groups]
@@ -156,12 +173,19 @@ class Loop:
                 tensors |= inputs.to_dict(layer.name, self.params.pop(m, None))
             for n in as_stored:
                 tensors[self.mapping[n]] = tensor(self.model, n).detach().to("cpu", self.plan.source.dtype)
-            rows = [replace(r, notes=said.get(r.layer, ()) + r.notes) for r in rows]
+            turned = {layers[m].name for n in online if (m := f"{name}.{n}") in layers}
+            rows = [replace(r, notes=said.get(r.layer, ()) + r.notes, online=r.layer in turned) for r in rows]
             rows.sort(key=lambda r: r.layer)
             self.job.store(i, tensors, rows)
-        self.rows += rows
+            self.rows += rows
         self.plan.source.release()
         self.progress.block(i + 1, len(self.blocks), self.job.finished(i) and not out)
+
+    def done(self, layer: PlannedLayer) -> PlannedLayer:
+        """A planned layer of a finished block with the choices that were made for it."""
+        row = next(row for row in reversed(self.rows) if row.layer == layer.name)
+        online = online_map(layer.shape[1], self.plan.recipe.rotation) if row.online else None
+        return replace(layer.chosen(row.choice), online=online)
 
     def _check(self, names: list[str]) -> None:
         """Raise ``InputError`` for a stored tensor with NaN or Inf."""

@@ -28,6 +28,7 @@ from fewbit.solve import Need
 from fewbit.stream.blocks import Blocks, find_blocks, is_transposed, linears, weight_of
 from fewbit.stream.data import Calibration
 from fewbit.stream.estimate import check_disk, memory, seconds
+from fewbit.transform import Map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class PlannedLayer:
     shape: tuple[int, int]
     kind: str
     rule: Rule
+    online: Map | None = None  # of the input, at every call; known once the block is rotated
 
     @property
     def transposed(self) -> bool:
@@ -160,6 +162,8 @@ def make_plan(
     layers, left = assign(model, blocks, recipe, mapping)
     refusals = (compressed_tensors.refusal(w, x.kind, a) for x in layers for w, a in x.rule.choices)
     reason = next((r for r in refusals if r), "")
+    if recipe.rotation is not None and recipe.rotation.online:
+        reason = reason or "Hadamard maps that run at every call are not written there yet"
     needs = _needs(layers, recipe)
     used = calibration if needs else None
     info = source.tensors()

@@ -25,6 +25,7 @@ class LayerRow:
     tokens: int
     notes: tuple[str, ...] = ()
     choice: int = 0  # which of the rule's choices the layer got
+    online: bool = False  # whether a Hadamard map runs before the layer
 
     def as_dict(self) -> dict:
         """Plain data for JSON."""

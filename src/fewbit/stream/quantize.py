@@ -107,8 +107,7 @@ def quantize(
     try:
         logits = loop.run(tokens)
         progress.phase("writing the checkpoint")
-        choice = {row.layer: row.choice for row in loop.rows}
-        plan = replace(plan, layers=tuple(x.chosen(choice[x.name]) for x in plan.layers))
+        plan = replace(plan, layers=tuple(loop.done(x) for x in plan.layers))
         _write(plan, job, loop, len(blocks))
         progress.phase("reading it back")
         difference = verify(job.ready, loop.witness, logits, device)
@@ -164,12 +163,14 @@ def _write(plan: Plan, job: Job, loop: Loop, blocks: int) -> None:
     outer_names = sorted({s for n, s in loop.mapping.items() if not n.startswith(inside)})
     available = plan.source.tensors()
     outer = Rounded(plan.source, plan.source.dtype).read([n for n in outer_names if n in available])
-    job.assemble(blocks, outer)
+    job.assemble(blocks, outer | loop.outer)
     plan.source.companions(job.ready)
     config_file = job.ready / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["dtype"] = str(plan.source.dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)
+    if loop.untied:
+        config["tie_word_embeddings"] = False
     config["quantization_config"] = quantization_config(plan)
     write_text(config_file, json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_text(job.ready / RECIPE, plan.recipe.to_yaml())
@@ -181,7 +182,11 @@ def quantization_config(plan: Plan) -> dict:
         return native.quantization_config(
             {
                 x.name: native.Entry(
-                    format=x.format, shape=x.shape, transposed=x.transposed, activation=x.activation
+                    format=x.format,
+                    shape=x.shape,
+                    transposed=x.transposed,
+                    activation=x.activation,
+                    online=x.online,
                 )
                 for x in plan.layers
             }
