@@ -144,7 +144,7 @@ def test_sites_are_found_in_a_model_with_or_without_a_head(encoder):
 
 
 def test_peg_and_16_bit_sums_recover_what_one_step_per_tensor_loses(wild, tokenizer):
-    """Section 4 of the paper, with outliers as in its figure 2: activations alone, to see them alone."""
+    """Section 4 of the paper, with outliers like those it found: activations alone, to see them alone."""
     four = {"hidden": 64, "groups": 4}
     original = embed(wild, tokenizer, SENTENCES)
 

@@ -175,6 +175,10 @@ def test_what_cannot_be_is_refused_in_a_sentence(model, x):
         observe(model, [Site("unused")], [{"x": x}])
     with pytest.raises(InputError, match=r"one row per token"):
         observe(model, [Site("f")], [{"x": x, "attention_mask": torch.ones(4, 5)}])
+    with pytest.raises(InputError, match=r"without tokens"):
+        observe(model, [Site("f")], [{"x": x, "attention_mask": torch.zeros(4, 6)}])
+    with pytest.raises(InputError, match=r"no module 'g'"):
+        observe(model, [Site("f"), Site("g")], [{"x": x}])
     with pytest.raises(InputError, match=r"0 batches"):
         observe(model, [Site("f")], [])
     with pytest.raises(InputError, match=r"needs stored steps"):

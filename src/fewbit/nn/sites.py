@@ -119,6 +119,8 @@ def observe(
     """
     if not batches or rows < 1:
         raise InputError(f"calibration got {len(batches)} batches and {rows} rows; give at least one of each")
+    for site in sites:
+        _module(model, site)
     found: dict[Site, list[Tensor]] = {site: [] for site in sites}
     mask: Tensor | None = None
 
@@ -130,6 +132,8 @@ def observe(
                     "row per token; choose a site of shape [sentences, tokens, columns]"
                 )
             x = x[mask]
+        if not x.numel():
+            raise InputError(f"{site} saw a batch without tokens; leave empty batches out")
         x = x.detach().reshape(-1, x.shape[-1]).float()
         found[site].append(x)
 
