@@ -42,7 +42,7 @@ def run(w, fmt, **settings):
 def test_no_block_gets_worse_and_the_tensor_gets_better(fmt):
     w = heavy()
     before = block_errors(fmt, Rtn()(w, Stats(), fmt), w)
-    after = block_errors(fmt, run(w, fmt, columns=0), w)
+    after = block_errors(fmt, run(w, fmt, columns=0, round_zero=False), w)
     assert (after <= before * (1 + 1e-5)).all()
     assert after.sum() < 0.97 * before.sum()
 
@@ -61,7 +61,7 @@ def test_a_robust_norm_lowers_its_own_error(norm):
 @pytest.mark.parametrize("fmt", KINDS.values(), ids=KINDS)
 def test_no_iteration_is_plain_rounding(fmt):
     w = heavy(2)
-    got, rounded = run(w, fmt, iterations=0), Rtn()(w, Stats(), fmt)
+    got, rounded = run(w, fmt, iterations=0, round_zero=False), Rtn()(w, Stats(), fmt)
     assert torch.equal(got.codes, rounded.codes)
     assert torch.equal(got.dequantize(), rounded.dequantize())
 
@@ -77,7 +77,7 @@ def test_the_first_move_is_the_papers_update_of_the_zero():
     for norm, beta in ((2.0, 10.0), (0.7, 10.0)):
         e = 0 if norm == 2 else s * shrink((x - fmt.decode(codes, s, z)) / s, norm, beta)
         wanted = (codes - (x - e) / s).mean(-1)
-        got = run(w, fmt, norm=norm, beta=beta, iterations=1, stretch=False, columns=0)
+        got = run(w, fmt, norm=norm, beta=beta, iterations=1, stretch=False, columns=0, round_zero=False)
         moved = got.zero != params.zero  # the other blocks kept what was better
         assert moved.float().mean() > 0.3
         torch.testing.assert_close(got.zero[moved].double(), wanted[moved], rtol=0, atol=1e-5)
@@ -101,12 +101,25 @@ def test_columns_that_count_more_get_a_smaller_error():
     w[:, 10] *= 0.1
     a = column_weights(w, 1.5)
     assert a.argmax() == 10
-    plain, weighted = run(w, INT3, columns=0), run(w, INT3, columns=1.5)
+    plain, weighted = (run(w, INT3, columns=c, round_zero=False) for c in (0, 1.5))
     tiny = [(q.dequantize() - w)[:, 10].square().sum() for q in (plain, weighted)]
     assert tiny[1] < 0.25 * tiny[0]
     assert block_errors(INT3, weighted, w).sum() < 1.2 * block_errors(INT3, plain, w).sum()
     start = block_errors(INT3, Rtn()(w, Stats(), INT3), w, weights=a)
     assert (block_errors(INT3, weighted, w, weights=a) <= start * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("kind", ["float zero", "offset", "e2m1 offset"])
+def test_a_rounded_first_zero_keeps_zero_near_a_point_of_the_grid(kind):
+    """0.0 is exact at the start, and after the search still nearer to a point than from a start without."""
+    fmt, w = KINDS[kind], heavy(10)
+    w[:, ::16] = 0
+    start, with_, without = (
+        run(w, fmt, **settings).dequantize()[:, ::16].abs().mean()
+        for settings in ({"iterations": 0}, {"columns": 0}, {"columns": 0, "round_zero": False})
+    )
+    assert start < 0.002 * w.std()  # the zero is stored as float16
+    assert with_ < 0.8 * without
 
 
 def test_measured_importance_takes_the_place_of_the_columns_energies():
@@ -157,7 +170,7 @@ def test_impossible_settings_and_formats_are_refused():
     for wrong in ({"norm": 0}, {"norm": 3}, {"beta": 0}, {"kappa": 0.9}, {"iterations": -1}, {"columns": -1}):
         with pytest.raises(InputError, match="HQQ with"):
             Hqq(**wrong)
-    with pytest.raises(InputError, match="has none; use a format with a scale"):
+    with pytest.raises(InputError, match="use a grid of width 1 with a scale"):
         Hqq().check(Format(grid=by_name("e4m3fn")))
 
 

@@ -1,8 +1,8 @@
 """HQQ: Badri, Shaji 2023, https://mobiusml.github.io/hqq_blog/. Ranges from the weights alone, in seconds.
 
-Beyond the paper: the step is refined beside the zero, each group keeps its best range, and columns whose
-weights show that they meet large inputs count more, without which a float zero loses to plain rounding below
-4 bits. What each part brings is in docs/methods/hqq.md.
+Beyond the paper: the search starts with 0.0 on the grid at every width, columns whose weights show that they
+meet large inputs count more, the step is refined beside the zero, and each group keeps its best range. What
+each part brings, and why HQQ lost to plain rounding below 4 bits, is in docs/methods/hqq.md.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def hqq(
     kappa: float = 1.01,
     iterations: int = 20,
     stretch: bool = True,
+    round_zero: bool = True,
     columns: float = 1.5,
 ) -> Recipe:
     """Every linear layer of the blocks by HQQ, weights only (W4A16 with float zeros by default), no data."""
