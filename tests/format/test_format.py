@@ -259,7 +259,7 @@ def test_every_format_and_grid_round_trips_through_plain_data():
     for fmt in ALL:
         assert from_plain(to_plain(fmt)) == fmt
     for grid in GRIDS:
-        fmt = Format(grid=grid, block=Group(8), scale=FP32)
+        fmt = Format(grid=grid, block=Group(24), scale=FP32)
         assert from_plain(to_plain(fmt)) == fmt
 
 

@@ -277,3 +277,21 @@ def test_power_of_two_steps_serve_any_grid_and_an_affine_one():
                 if rule in (Scaling.CEIL, Scaling.RCEIL) and grid != "nf4":
                     assert ((through(fmt, x) - x).abs() <= step.repeat_interleave(32, -1) * 16.001).all()
     assert PerTensor() != Group(32)
+
+
+@ALL
+def test_denormals_and_a_single_block(name):
+    fmt, least = FORMATS[name], torch.finfo(torch.float32).smallest_normal
+    tiny = gauss(4, 256) * 1e-41
+    assert tiny.any()
+    for x in (tiny, tiny.double() * 1e-250):
+        # the row steps of qoq are float16, whose least is 6e-5
+        assert ((through(fmt, x) - x).abs() <= (2e-3 if name == "qoq" else 16 * least)).all()
+    x = gauss(16 if name in ("mx9", "mx6", "mx4") else fmt.block.size)
+    assert relative(through(fmt, x), x) < 0.1
+    assert torch.equal(through(fmt, x[None]).flatten(), through(fmt, x))
+
+
+def test_steps_that_their_own_blocks_do_not_tile_are_refused_before_any_work():
+    with pytest.raises(InputError, match=r"size 8 does not divide the 9 input .* of the steps of layer q"):
+        FORMATS["mx6"].check((4, 18), "layer q")

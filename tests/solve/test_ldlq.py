@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fewbit.errors import InputError
-from fewbit.format import FP32, MSE, Channel, Format, Group, MinMax, Zero
+from fewbit.format import FP32, MSE, Channel, Format, Gaussian, Group, MinMax, Zero, format_by_name, value_of
 from fewbit.grid import by_name
 from fewbit.solve import Ldlq, Rtn, SolverWarning, Stats, ldlq
 from fewbit.solve.ldlq import unit_factor
@@ -197,3 +197,30 @@ def test_nan_in_the_gram_matrix_is_refused():
 def test_act_order_with_dynamic_groups_is_refused():
     with pytest.raises(InputError, match="g_idx"):
         Ldlq(act_order=True, static_groups=False)
+
+
+@pytest.mark.parametrize("name", ["higgs-p2-n16", "higgs-p2-n256", "higgs-p3-n64", "higgs-p4-n256"])
+@pytest.mark.parametrize("block", [Group(48), Channel()], ids=str)
+def test_vectors_take_feedback_too(name, block):
+    """Points of R^p: the loss falls below rounding's, no block length matters, white inputs give rounding."""
+    w, h = layer(13, n=144)
+    fmt = Format(grid=by_name(name), block=block, range=Gaussian(), scale=FP32)
+    rounded = Rtn()(w, Stats(), fmt)
+    for act_order in (False, True):
+        solved = [ldlq(w, h, fmt, Ldlq(act_order=act_order, lazy=lazy)) for lazy in (1, 36, 128)]
+        assert output_error(w, solved[0], h) < 0.8 * output_error(w, rounded, h)
+        assert all(torch.equal(q.codes, solved[0].codes) for q in solved[1:])
+        assert torch.equal(solved[0].scale, rounded.scale)
+    white = ldlq(w, torch.eye(len(h), dtype=h.dtype), fmt, Ldlq())
+    assert torch.equal(white.codes, rounded.codes)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4-even", "mx6", "nf4-dq", "qoq-g64", "msfp12"])
+def test_nested_steps_serve_the_solver_as_they_are_stored(name):
+    w, h = layer(14)
+    fmt = format_by_name(name)
+    rounded, solved = Rtn()(w, Stats(), fmt), ldlq(w, h, fmt, Ldlq())
+    assert torch.equal(value_of(solved.scale), value_of(rounded.scale))
+    assert output_error(w, solved, h) < 0.7 * output_error(w, rounded, h)
+    white = ldlq(w, torch.eye(len(h), dtype=h.dtype), fmt, Ldlq())
+    assert torch.equal(white.codes, rounded.codes)

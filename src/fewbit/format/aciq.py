@@ -74,6 +74,7 @@ class ACIQ(Range):
     never exceeds the data.
     """
 
+    scalar = True
     prior: Prior | None = None
 
     def __post_init__(self):
@@ -151,7 +152,7 @@ def correct_bias(w: Tensor, q: QTensor, variance: bool = True) -> QTensor:
     if variance:
         spread = now.std(-1, correction=0, keepdim=True)
         xi = torch.where(spread > 0, w.std(-1, correction=0, keepdim=True) / spread, 1)
-        scale = fmt._store((value_of(q.scale).double() * xi).float(), w.float())
+        scale = fmt.store((value_of(q.scale).double() * xi).float(), w.float())
         q = replace(q, scale=scale, zero=(q.zero.double() * xi).to(q.zero.dtype))
         now = q.dequantize(torch.float64)
     shift = (w - now).mean(-1, keepdim=True)

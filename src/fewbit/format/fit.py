@@ -51,11 +51,13 @@ class Range(ABC):
     """A rule that chooses the interval of each block.
 
     ``of_parent``: a rule for steps that looks at the tensor whose steps they are. ``of_products``: a rule for
-    blocks within a row of a weight that looks at the products of their inputs.
+    blocks within a row of a weight that looks at the products of their inputs. ``scalar``: a rule that asks
+    where the grid's points lie on a line.
     """
 
     of_parent: ClassVar[bool] = False
     of_products: ClassVar[bool] = False
+    scalar: ClassVar[bool] = False
 
     @property
     def wants_importance(self) -> bool:
@@ -237,6 +239,10 @@ class PowerOfTwo(Range):
     """
 
     rule: Scaling = Scaling.FLOOR
+
+    @property
+    def scalar(self):
+        return self.rule is Scaling.EVEN
 
     def __call__(self, x, fmt, importance):
         if fmt.symmetric:

@@ -95,6 +95,18 @@ class Format:
                 f"range {type(self.range).__name__} needs blocks within a row, Group(n) or Channel(), got "
                 f"{self.block}; use MSE"
             )
+        if self.grid.width > 1:
+            if self.range.scalar:
+                raise InputError(
+                    f"range {type(self.range).__name__} asks where points lie on a line, and those of "
+                    f"{self.grid.name} are vectors of {self.grid.width}; use Gaussian() or MSE()"
+                )
+            within = getattr(self.block, "cols", getattr(self.block, "size", self.grid.width))
+            if within % self.grid.width:
+                raise InputError(
+                    f"{self.grid.name} codes {self.grid.width} columns at once and blocks of {within} cut "
+                    f"some of them in two; use blocks of a multiple of {self.grid.width}"
+                )
 
     # -- what range rules may ask
 
@@ -121,7 +133,7 @@ class Format:
     def round_trip(self, x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
         """Blocks [N, n] through the grid for a trial interval; nested steps are tried unrounded."""
         raw = self._step(lo, hi)
-        stored = raw if self.scale.scale is not None else value_of(self._store(raw, x))
+        stored = raw if self.scale.scale is not None else value_of(self.store(raw, x))
         scale = self._nonzero(stored).to(x.dtype)
         zero = x.new_zeros(()) if self.zero is Zero.MEAN else self._offset(lo, scale)
         zero = None if zero is None else zero.to(scale.dtype).unsqueeze(-1)
@@ -143,6 +155,8 @@ class Format:
                 f"{what} of shape {list(shape)}; choose a grid of another width or exclude this layer with a "
                 "rule"
             )
+        if self.scale is not None and self.scale.scale is not None:
+            self.scale.check(self.block.scale_shape(shape), f"the steps of {what}")
 
     def fit(self, x: Tensor, importance: Tensor | None = None, parent: Tensor | None = None) -> Params:
         """Steps and zeros for ``x`` (float, any shape the block tiles).
@@ -169,7 +183,7 @@ class Format:
             lo, hi = self.range(blocks, self, importance)
         else:  # an empty tensor with one step
             lo = hi = blocks.new_zeros(blocks.shape[:-1])
-        scale = self._store(self._step(lo, hi), x)
+        scale = self.store(self._step(lo, hi), x)
         zero = mean if self.zero is Zero.MEAN else self._offset(lo, self._nonzero(value_of(scale)))
         return Params(scale=scale, zero=zero)
 
@@ -192,13 +206,18 @@ class Format:
             step = torch.where(step > 0, step, lo.abs())
         return step
 
-    def _store(self, raw: Tensor, x: Tensor) -> Tensor | QTensor:
-        """The step as its own Format stores it: 1 for an unused step, never 0 for one that codes can hold."""
+    def store(self, raw: Tensor, x: Tensor) -> Tensor | QTensor:
+        """Steps as their own Format stores them, never 0: 1 for a block of zeros, or the least where the grid
+        holds no zero.
+
+        raw: [*block.scale_shape(x.shape)] float >= 0; x: the tensor whose steps they are.
+        """
         own = self.scale
         dtype = _NATIVE.get(own.grid.name) if own.scale is None else None
         if dtype is not None:
             info = torch.finfo(dtype)
-            return torch.where(raw > 0, raw, 1.0).clamp(info.smallest_normal, info.max).to(dtype)
+            unused = 0.0 if self.grid.snap(raw.new_zeros(self.grid.width)).any() else 1.0
+            return torch.where(raw > 0, raw, unused).clamp(info.smallest_normal, info.max).to(dtype)
         if not getattr(own.grid, "zero", True):  # powers of two: upwards, or up to 1.5 max would be clipped
             significand, e = torch.frexp(raw)
             up = torch.ldexp(torch.ones_like(raw), e - (significand == 0.5).int())

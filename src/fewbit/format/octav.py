@@ -45,6 +45,7 @@ class OCTAV(Range):
     never beyond the data. ``refine`` round trips through the grid follow; 0 leaves the paper's fixed point.
     """
 
+    scalar = True
     steps: int = 10
     refine: int = 3
 

@@ -82,7 +82,7 @@ def _built(
     points = by_name(grid or f"int{bits}")
     if symmetric and not points.min < 0 < points.max:
         raise InputError(
-            f"{points.name} holds values of one sign only, from {points.min:g} to {points.max:g}, and weights "
+            f"{points.name} holds one sign only, from {points.min:g} to {points.max:g}, and weights "
             "have both; set symmetric=false (zero=offset serves any grid) or use another grid"
         )
     return Format(
