@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fewbit.errors import InputError
-from fewbit.format import FP16, FP32, Channel, Format, Group, MinMax, Zero
+from fewbit.format import FP16, FP32, Channel, Format, Group, MinMax, Zero, format_by_name
 from fewbit.grid import by_name
 from fewbit.recipe import from_yaml, hqq
 from fewbit.solve import Hqq, Rtn, Stats
@@ -45,6 +45,14 @@ def test_no_block_gets_worse_and_the_tensor_gets_better(fmt):
     after = block_errors(fmt, run(w, fmt, columns=0, round_zero=False), w)
     assert (after <= before * (1 + 1e-5)).all()
     assert after.sum() < 0.97 * before.sum()
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "nf4", "nf4-dq", "qoq-g64"])
+def test_formats_with_quantized_steps_are_served(name):
+    """Their steps are tried one block at a time, so the sum is promised and not each block."""
+    fmt, w = format_by_name(name), heavy(11)
+    before, after = (block_errors(fmt, q, w).sum() for q in (Rtn()(w, Stats(), fmt), run(w, fmt, columns=0)))
+    assert after <= before
 
 
 @pytest.mark.parametrize("norm", [1.0, 0.7])

@@ -138,7 +138,7 @@ def refine(x: Tensor, lo: Tensor, hi: Tensor, a: Tensor, fmt: Target, how: Hqq) 
     A block stops at its first move that does not lower its weighted error, and keeps the interval before it.
     """
     best_lo, best_hi = lo.clone(), hi.clone()
-    least = torch.full_like(lo, torch.inf)
+    least = x.new_full(lo.shape, torch.inf)
     moving = torch.arange(len(x), device=x.device)
     beta = how.beta
     for _ in range(how.iterations + 1):
