@@ -9,10 +9,12 @@ import typing
 from collections.abc import Callable
 
 from fewbit.errors import InputError
+from fewbit.recipe.autoround import autoround
 from fewbit.recipe.awq import awq
 from fewbit.recipe.gptq import gptq
 from fewbit.recipe.hqq import hqq
 from fewbit.recipe.mofq import mofq
+from fewbit.recipe.omniquant import omniquant
 from fewbit.recipe.quarot import quarot
 from fewbit.recipe.recipe import Alternative, Recipe, Rule, from_yaml
 from fewbit.recipe.rtn import fp8, int8, nf4, rtn
@@ -34,6 +36,8 @@ RECIPES: tuple[Callable[..., Recipe], ...] = (
     quanto,
     mofq,
     quarot,
+    omniquant,
+    autoround,
 )
 
 
@@ -78,6 +82,7 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
 
 
 __all__ = [
-    "RECIPES", "Alternative", "Recipe", "Rule", "awq", "fp8", "fp8_dynamic", "from_yaml", "gptq", "hqq",
-    "int8", "llm_int8", "mofq", "named", "nf4", "quanto", "quarot", "rtn", "smoothquant", "w8a8",
+    "RECIPES", "Alternative", "Recipe", "Rule", "autoround", "awq", "fp8", "fp8_dynamic", "from_yaml",
+    "gptq", "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "omniquant", "quanto", "quarot", "rtn",
+    "smoothquant", "w8a8",
 ]  # fmt: skip

@@ -2,9 +2,23 @@
 
 from fewbit.solve.hqq import Hqq
 from fewbit.solve.ldlq import Ldlq, ldlq
+from fewbit.solve.lwc import Lwc
 from fewbit.solve.rtn import Rtn
+from fewbit.solve.signround import SignRound
 from fewbit.solve.solver import Need, Solver, SolverWarning, Stats
 
-SOLVERS = (Rtn, Ldlq, Hqq)
+SOLVERS = (Rtn, Ldlq, Hqq, Lwc, SignRound)
 
-__all__ = ["SOLVERS", "Hqq", "Ldlq", "Need", "Rtn", "Solver", "SolverWarning", "Stats", "ldlq"]
+__all__ = [
+    "SOLVERS",
+    "Hqq",
+    "Ldlq",
+    "Lwc",
+    "Need",
+    "Rtn",
+    "SignRound",
+    "Solver",
+    "SolverWarning",
+    "Stats",
+    "ldlq",
+]

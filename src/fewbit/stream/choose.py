@@ -1,4 +1,4 @@
-"""Errors of a layer, static steps of its input, and the choice among formats by the error (MoFQ).
+"""Errors of a layer, static steps of its input, the choice among formats (MoFQ), and tuning in a block.
 
 MoFQ gives each layer the integer or the float format of one bit width, whichever has the lesser error, weight
 and input by the same kind: Zhang et al. 2023, https://arxiv.org/abs/2305.12356, section 4.
@@ -6,15 +6,18 @@ and input by the same kind: Zhang et al. 2023, https://arxiv.org/abs/2305.12356,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbit.errors import InputError
 from fewbit.format import Format, Params, QTensor, Stats
 from fewbit.format.activation import Activation
 from fewbit.solve import Solver
+from fewbit.solve.calls import Call, Target
+from fewbit.solve.tune import Tuner
+from fewbit.stream.plan import PlannedLayer
 
 
 def choose(
@@ -64,3 +67,21 @@ def static_params(activation: Activation | None, stats: Stats, layer: str) -> Pa
         low, high = activation.momentum * torch.stack([low, high]) + (1 - activation.momentum) * batch
     width = stats.low.shape
     return activation.fit_range(low.expand(width), high.expand(width))
+
+
+def tune_layers(
+    block: nn.Module,
+    name: str,
+    layers: Mapping[str, PlannedLayer],
+    tuner: Tuner,
+    calls: Sequence[Call],
+    outputs: Sequence[Tensor],
+) -> dict[str, QTensor]:
+    """Weights of ``layers`` (by module name) of block ``name``, learned from the float ``outputs``."""
+    prefix = f"{name}."
+    targets = {
+        m.removeprefix(prefix): Target(format=x.format, activation=x.activation, transposed=x.transposed)
+        for m, x in layers.items()
+    }
+    tuned = tuner.tune(block, targets, calls, outputs)
+    return {m: tuned[m.removeprefix(prefix)].q for m in layers}

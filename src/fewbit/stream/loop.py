@@ -31,10 +31,12 @@ from fewbit.format import Params, QTensor, Stats
 from fewbit.io import inputs
 from fewbit.io.skeleton import dematerialize, materialize
 from fewbit.io.source import check_finite
-from fewbit.nn.linear import transform_input
+from fewbit.nn.linear import change_input, transform_input
+from fewbit.seams.diagonal import first
 from fewbit.solve import Rtn, SolverWarning
+from fewbit.solve.tune import Tuner
 from fewbit.stream.blocks import Blocks, set_weight, watch, weight_of
-from fewbit.stream.choose import choose, error, static_params
+from fewbit.stream.choose import choose, error, static_params, tune_layers
 from fewbit.stream.fold import Notes, fold_maps
 from fewbit.stream.inputs import Inputs
 from fewbit.stream.job import Job
@@ -65,6 +67,7 @@ class Loop:
     params: dict[str, Params] = field(default_factory=dict)  # static steps of inputs of the block at hand
     flows: list[Flow] = field(default_factory=list)
     stream: Map | None = None  # the rotation of the residual stream
+    float_outputs: list[Tensor] = field(default_factory=list)  # of the float model at this block, for tuning
     untied: tuple[str, ...] = ()  # parameters that are stored for the first time
     outer: dict[str, Tensor] = field(default_factory=dict)  # rotated tensors outside the blocks, as stored
 
@@ -91,7 +94,8 @@ class Loop:
         guide = forward(self.witness)
         flows = []
         if tokens is not None:
-            flows = [forward(ids) for ids in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))]
+            batch = 1 if self.tuning else max(1, BATCH_TOKENS // tokens.shape[1])
+            flows = [forward(ids) for ids in tokens.split(batch)]
         self.flows = [guide, *flows]
         handles = [b.register_forward_pre_hook(wait, with_kwargs=True) for b in self.blocks.modules]
         # Rotated ends cannot be read again, so they stay.
@@ -137,14 +141,20 @@ class Loop:
         materialize(self.model, as_stored, self.stored, self.mapping, device, self.dtype)
         self._check(names)
         out: dict[str, QTensor] = {}
-        if self.job.finished(i):
+        finished, online = self.job.finished(i), {}
+        if self.stream is not None and (self.tuning or not finished):
+            online = rotate_block(block, self.plan.recipe.rotation, self.stream, stop)
+            round_to((tensor(self.model, n) for n in as_stored), self.plan.source.dtype)
+        if self.tuning:
+            self._float(block, flows)
+        if finished:
             tensors, rows = self.job.load(i)
             for n in as_stored:  # a fold may have changed them
                 tensor(self.model, n).data.copy_(tensors[self.mapping[n]])
             self.rows += rows
             for m, layer in layers.items():
                 layer = self.done(layer)
-                if layer.online is not None:
+                if layer.online is not None and not online:
                     transform_input(self.model.get_submodule(m), layer.online.apply)
                 q = codec(self.plan).from_dict(layer.name, tensors, layer.format, layer.shape)
                 set_weight(self.model.get_submodule(m), q.dequantize().to(device))
@@ -152,17 +162,16 @@ class Loop:
                 self._see_quantized(layer, None if params is None else params.to(device))
             self.resumed += 1
         else:
-            online = {}
-            if self.stream is not None:
-                online = rotate_block(block, self.plan.recipe.rotation, self.stream, stop)
-                round_to((tensor(self.model, n) for n in as_stored), self.plan.source.dtype)
             said = self._fold(block, name, layers, flows, stop) if self.plan.recipe.transforms else {}
             groups = watch(block, lambda: _outside_flow(block, stop))
             groups = [[layers[f"{name}.{n}"] for n in g if f"{name}.{n}" in layers] for g in groups]
             groups = [g for g in groups if g]
             reached = {layer.module for g in groups for layer in g}
-            missed = [layer for m, layer in layers.items() if m not in reached]
+            tuned = {m for m, layer in layers.items() if isinstance(layer.rule.solver, Tuner)}
+            missed = [layer for m, layer in layers.items() if m not in reached | tuned]
             rows = []
+            self._tune(block, name, layers, flows, out, rows)
+            groups = [g for group in groups if (g := [x for x in group if x.module not in out])]
             solve = self._at_linears if self.plan.depth == "linear" else self._at_block
             solve(block, groups, guide, flows, out, rows)
             for layer in missed:
@@ -179,7 +188,12 @@ class Loop:
             self.job.store(i, tensors, rows)
             self.rows += rows
         self.plan.source.release()
-        self.progress.block(i + 1, len(self.blocks), self.job.finished(i) and not out)
+        self.progress.block(i + 1, len(self.blocks), finished)
+
+    @property
+    def tuning(self) -> bool:
+        """Whether a solver learns from whole blocks."""
+        return any(isinstance(rule.solver, Tuner) for rule in self.plan.recipe.rules)
 
     def done(self, layer: PlannedLayer) -> PlannedLayer:
         """A planned layer of a finished block with the choices that were made for it."""
@@ -250,6 +264,32 @@ class Loop:
             self.plan.source.dtype,
         )
 
+    def _tune(self, block, name, layers, flows, out, rows) -> None:
+        """Solve the layers whose solver learns from the whole block, each solver's together."""
+        tuners = dict.fromkeys(x.rule.solver for x in layers.values() if isinstance(x.rule.solver, Tuner))
+        if not tuners:
+            return
+        calls = [(flow.stop.args, flow.stop.kwargs) for flow in flows]
+        for tuner in tuners:
+            start, own = time.perf_counter(), {m: x for m, x in layers.items() if x.rule.solver is tuner}
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", SolverWarning)
+                tuned = tune_layers(block, name, own, tuner, calls, self.float_outputs)
+            said = tuple(str(c.message) for c in caught if issubclass(c.category, SolverWarning))
+            seconds = (time.perf_counter() - start) / len(own)
+            for m, layer in own.items():
+                part = weight_of(self.model.get_submodule(m)).detach().float()
+                self._keep(layer, part, tuned[m], Stats(), out, rows, tuner, seconds, said)
+
+    def _float(self, block: nn.Module, flows: list[Flow]) -> None:
+        """Move the float model on by a block: what tuning aims at, whatever the blocks before have lost."""
+        before = self.float_outputs or [flow.stop.x for flow in flows]
+        self.float_outputs = [
+            first(block(*args, **kwargs))
+            for x, flow in zip(before, flows, strict=True)
+            for args, kwargs in [change_input(lambda _, x=x: x, flow.stop.args, flow.stop.kwargs)]
+        ]
+
     def _see_quantized(self, layer: PlannedLayer, params: Params | None) -> None:
         """From here on the layer reads its input quantized, in the flows that wait at it, too."""
         if layer.activation is None:
@@ -267,7 +307,7 @@ class Loop:
         """
         for layers in _stacks(group):
             start = time.perf_counter()
-            modules = [self.model.get_submodule(layer.module) for layer in layers]
+            modules = (self.model.get_submodule(layer.module) for layer in layers)
             parts = [weight_of(m).detach().float() for m in modules]
             w = torch.cat(parts) if len(parts) > 1 else parts[0]
             rule = layers[0].rule
@@ -285,32 +325,36 @@ class Loop:
             said = notes + tuple(str(c.message) for c in caught if issubclass(c.category, SolverWarning))
             begin = 0
             seconds = (time.perf_counter() - start) / len(layers)
-            for layer, module, part in zip(layers, modules, parts, strict=True):
+            for layer, part in zip(layers, parts, strict=True):
                 own = q if len(layers) == 1 else q.rows(begin, begin + len(part))
                 begin += len(part)
-                value = own.dequantize()
-                row = LayerRow(
-                    layer=layer.name,
-                    format=layer.text,
-                    solver=type(solver).__name__.lower(),
-                    bits_per_weight=layer.bits_per_weight,
-                    error=error(part, value, stats.gram),
-                    tokens=stats.tokens,
-                    notes=said,
-                    choice=choice,
-                )
-                if not math.isfinite(row.error):
-                    raise InputError(
-                        f"layer {layer.name} became NaN in quantization; check its weights and inputs"
-                    )
-                set_weight(module, value)
-                out[layer.module] = own.to("cpu")
-                params = static_params(layer.activation, stats, layer.name)
-                self._see_quantized(layer, params)
-                if params is not None:
-                    self.params[layer.module] = params.to("cpu")
-                rows.append(row)
-                self.progress.layer(row, seconds)
+                self._keep(layer, part, own, stats, out, rows, solver, seconds, said, choice)
+
+    def _keep(
+        self, layer, part, own, stats, out, rows, solver, seconds, notes: tuple[str, ...] = (), choice=0
+    ) -> None:
+        """Put a solved layer in place: its weight ``own`` for ``part``, its input, its row."""
+        module, value = self.model.get_submodule(layer.module), own.dequantize()
+        row = LayerRow(
+            layer=layer.name,
+            format=layer.text,
+            solver=type(solver).__name__.lower(),
+            bits_per_weight=layer.bits_per_weight,
+            error=error(part, value, stats.gram),
+            tokens=stats.tokens,
+            notes=notes,
+            choice=choice,
+        )
+        if not math.isfinite(row.error):
+            raise InputError(f"layer {layer.name} became NaN in quantization; check its weights and inputs")
+        set_weight(module, value)
+        out[layer.module] = own.to("cpu")
+        params = static_params(layer.activation, stats, layer.name)
+        self._see_quantized(layer, params)
+        if params is not None:
+            self.params[layer.module] = params.to("cpu")
+        rows.append(row)
+        self.progress.layer(row, seconds)
 
 
 def _outside_flow(block: nn.Module, stop) -> object:

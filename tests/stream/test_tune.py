@@ -1,0 +1,68 @@
+"""Block-wise tuning through the loop: better than rounding, the same file after an interruption."""
+
+import pytest
+import torch
+from tiny import save_tiny, tiny_ids
+
+import fewbit
+from fewbit.recipe import Recipe, autoround, from_yaml, omniquant, rtn
+from fewbit.stream.data import Calibration
+from fewbit.stream.job import Job
+from fewbit.stream.quantize import quantize
+from fewbit.transform.rotation import Rotation
+
+SMALL = Calibration(samples=8, seqlen=32)
+THREE = {"bits": 3, "group_size": 32, "symmetric": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama."""
+    path = tmp_path_factory.mktemp("model") / "llama"
+    save_tiny("llama", path)
+    return path
+
+
+def error(model, folder):
+    with torch.no_grad():
+        want, got = fewbit.load(folder)(tiny_ids(8, 100)).logits, fewbit.load(model)(tiny_ids(8, 100)).logits
+    return ((got - want).norm() / want.norm()).item()
+
+
+def test_learned_rounding_beats_rounding_to_nearest(folder, tmp_path):
+    recipes = {
+        "rtn": rtn(**THREE, range="mse"),
+        "omniquant": omniquant(**THREE, steps=100),
+        "autoround": autoround(**THREE, steps=100),
+    }
+    calibration = Calibration(samples=64, seqlen=64)
+    lost = {}
+    for name, recipe in recipes.items():
+        assert from_yaml(recipe.to_yaml()) == recipe
+        result = quantize(folder, recipe, output=tmp_path / name, calibration=calibration)
+        assert result.difference == 0
+        lost[name] = error(tmp_path / name, folder)
+    assert lost["autoround"] < 0.98 * lost["rtn"]
+    assert lost["omniquant"] < 0.99 * lost["rtn"]
+
+
+@pytest.mark.parametrize("rotation", [None, Rotation()])
+def test_an_interrupted_run_ends_in_the_same_file(folder, tmp_path, monkeypatch, rotation):
+    own = autoround(**THREE, steps=10, looks=2)
+    recipe = Recipe(name="tuned", rules=own.rules, rotation=rotation)
+    quantize(folder, recipe, output=tmp_path / "whole", calibration=SMALL)
+    store = Job.store
+
+    def die(self, i, *rest):
+        if i == 1:
+            raise KeyboardInterrupt
+        return store(self, i, *rest)
+
+    monkeypatch.setattr(Job, "store", die)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, recipe, output=tmp_path / "cut", calibration=SMALL)
+    monkeypatch.setattr(Job, "store", store)
+    result = quantize(folder, recipe, output=tmp_path / "cut", calibration=SMALL)
+    assert result.resumed_blocks == 1
+    for name in ("model.safetensors", "config.json", "fewbit_manifest.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
