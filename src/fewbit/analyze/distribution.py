@@ -22,6 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewbit.format.prior import Prior
+from fewbit.format.prior import partial_moments as prior_moments
+
 NU = 5.0  # degrees of freedom of Student's t: the heaviest tail with an integer NU and a fourth moment
 _T_UNIT = math.sqrt((NU - 2) / NU)  # t times this has variance 1
 _B = math.sqrt(0.5)  # scale of the Laplace distribution of variance 1
@@ -38,6 +41,7 @@ class Distribution(StrEnum):
     STUDENT = "Student t, nu = 5"
 
 
+_PRIORS = {Distribution.GAUSS: (Prior.GAUSS, 1.0), Distribution.LAPLACE: (Prior.LAPLACE, _B)}
 TABLED = (Distribution.GAUSS, Distribution.LAPLACE, Distribution.STUDENT)  # what tables and pictures show
 
 
@@ -60,22 +64,14 @@ def partial_moments(law: Distribution, x: np.ndarray) -> tuple[np.ndarray, np.nd
     from scipy import special
 
     x = np.asarray(x, dtype=np.float64)
-    finite = np.clip(x, -1e30, 1e30)
     if law is Distribution.UNIFORM:
         c = np.clip(x, -_HALF, _HALF)
         return (c + _HALF) / (2 * _HALF), c**2 / (4 * _HALF), c**3 / (6 * _HALF)
-    if law is Distribution.GAUSS:
-        below = special.ndtr(x)
-        density = np.exp(-np.minimum(finite**2, 1500) / 2) / math.sqrt(2 * math.pi)
-        return below, -density, below - np.clip(x, -1e3, 1e3) * density
-    if law is Distribution.LAPLACE:
-        a = np.minimum(np.abs(finite), 600.0)
-        half = np.exp(-a / _B) / 2
-        side = np.where(x < 0, 1.0, -1.0)
-        below = np.where(x < 0, half, 1 - half)
-        second = half * (a**2 + 2 * _B * a + 2 * _B**2)
-        return below, -half * (a + _B), np.where(x < 0, 0.0, 2 * _B**2) + side * second
-    t = finite / _T_UNIT
+    if law in _PRIORS:
+        prior, unit = _PRIORS[law]
+        moments = prior_moments(torch.from_numpy(np.atleast_1d(x / unit)), prior)
+        return tuple(m.numpy().reshape(x.shape) * unit**power for power, m in enumerate(moments))
+    t = np.clip(x, -1e30, 1e30) / _T_UNIT
     front = math.exp(math.lgamma((NU + 1) / 2) - math.lgamma(NU / 2)) / math.sqrt(NU * math.pi)
     tail = front * NU * (1 + t**2 / NU) ** (-(NU - 1) / 2)  # (NU + t^2) f(t)
     below = special.stdtr(NU, t)

@@ -39,8 +39,8 @@ class Prior(StrEnum):
     LAPLACE = "laplace"  # b = E|x| = 1, so sigma = sqrt(2)
 
 
-def _moments(x: Tensor, prior: Prior) -> tuple[Tensor, Tensor, Tensor]:
-    """Integrals of p, x p and x^2 p from -infinity to x: float64, infinities allowed."""
+def partial_moments(x: Tensor, prior: Prior) -> tuple[Tensor, Tensor, Tensor]:
+    """Integrals of p, t p and t^2 p from -infinity to x (any shape, float64, infinities allowed)."""
     finite = x.clamp(-1e3, 1e3)  # where p is 0 in float64
     if prior == Prior.GAUSS:
         p = torch.exp(-finite.square() / 2) / math.sqrt(2 * math.pi)
@@ -59,7 +59,7 @@ def _cells(points: Tensor, prior: Prior, one_sided: bool) -> list[Tensor]:
     edges = torch.cat([-end, (points[1:] + points[:-1]) / 2, end])
     if one_sided:
         edges = edges.clamp(min=0)
-    return [m.diff() * (2 if one_sided else 1) for m in _moments(edges, prior)]
+    return [m.diff() * (2 if one_sided else 1) for m in partial_moments(edges, prior)]
 
 
 def expected_error(points: Tensor, prior: Prior, one_sided: bool = False) -> float:
