@@ -140,7 +140,7 @@ def test_start_of_signround_is_the_range_rule_exactly():
 
 def test_a_constant_gradient_moves_a_weight_to_the_other_neighbour_and_no_further():
     p = torch.zeros(3, requires_grad=True)
-    rate, total = SignRound(steps=50).lr, 50
+    rate, total = SignRound(steps=50).rate, 50
     optimizer = SignSGD([{"params": [p], "low": -0.5, "high": 0.5}], rate)
     for t in range(total):
         p.grad = torch.tensor([1e-9, -1e9, 0.0])

@@ -24,10 +24,13 @@ from fewbit.solve.tune import Tuner
 
 @dataclass(frozen=True, kw_only=True)
 class Lwc(Tuner):
-    """OmniQuant's learned weight clipping. ``init``: the largest logit at the start."""
+    """OmniQuant's learned weight clipping. ``lr`` None is 0.01; ``init``: the largest logit at the start."""
 
-    lr: float = 1e-2
     init: float = 4.0
+
+    @property
+    def rate(self):
+        return 1e-2 if self.lr is None else self.lr
 
     def leaves(self, layer):
         return [share.logit().clamp(-self.init, self.init) for share in (layer.low, layer.high)]
@@ -36,4 +39,4 @@ class Lwc(Tuner):
         return *layer.ends(*(p.sigmoid() for p in leaves)), None
 
     def optimizer(self, leaves):
-        return torch.optim.AdamW([p for own in leaves for p in own], lr=self.lr, weight_decay=0.0)
+        return torch.optim.AdamW([p for own in leaves for p in own], lr=self.rate, weight_decay=0.0)

@@ -28,15 +28,16 @@ from fewbit.solve.tune import Tuner
 class SignRound(Tuner):
     """AutoRound's signed rounding. ``lr`` None is 1 / steps; ``reach``: the largest |V|."""
 
-    lr: float | None = None
     reach: float = 0.5
 
     def __post_init__(self):
-        if self.lr is None and self.steps > 0:
-            object.__setattr__(self, "lr", 1 / self.steps)
         super().__post_init__()
         if not self.reach >= 0:
             raise InputError(f"reach {self.reach} of the rounding offset is negative; 0.5 is usual")
+
+    @property
+    def rate(self):
+        return 1 / self.steps if self.lr is None else self.lr
 
     def leaves(self, layer):
         return [layer.low.clone(), layer.high.clone(), torch.zeros_like(layer.blocks)]
@@ -47,7 +48,7 @@ class SignRound(Tuner):
     def optimizer(self, leaves):
         ranges = {"params": [p for own in leaves for p in own[:2]], "low": 0.0, "high": 1.0}
         nudges = {"params": [own[2] for own in leaves], "low": -self.reach, "high": self.reach}
-        return SignSGD([ranges, nudges], self.lr)
+        return SignSGD([ranges, nudges], self.rate)
 
 
 class SignSGD(torch.optim.Optimizer):

@@ -91,20 +91,26 @@ class Tuner(Solver):
     """A solver that needs the whole block: how its weights are learned together.
 
     steps: updates; batch: calls of the block per update; lr: learning rate of the first, falling linearly to
-    0; looks: how often the export is measured on all inputs, the last time after the last step.
+    0 (None: the method's own); looks: how often the export is measured on all inputs, the last time after the
+    last step.
     """
 
     steps: int = 200
     batch: int = 1
-    lr: float
+    lr: float | None = None
     looks: int = 4
 
     def __post_init__(self):
-        if self.steps < 1 or self.batch < 1 or not 1 <= self.looks <= self.steps or not self.lr > 0:
+        if self.steps < 1 or self.batch < 1 or not 1 <= self.looks <= self.steps or not self.rate > 0:
             raise InputError(
                 f"tuning with {self.steps} steps of {self.batch} calls at rate {self.lr} and {self.looks} "
                 "looks is impossible; all must be positive and looks at most steps"
             )
+
+    @property
+    @abstractmethod
+    def rate(self) -> float:
+        """Learning rate of the first step: ``lr``, or the method's own."""
 
     @property
     def needs(self):
@@ -184,7 +190,7 @@ class Tuner(Solver):
             if all(math.isfinite(g.sum()) for g in grads.values()):
                 torch.autograd.backward([learned[n] for n in grads], list(grads.values()))
                 for group in optimizer.param_groups:
-                    group["lr"] = self.lr * (1 - step / self.steps)
+                    group["lr"] = self.rate * (1 - step / self.steps)
                 optimizer.step()
             else:
                 skipped += 1
