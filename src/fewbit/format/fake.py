@@ -63,7 +63,7 @@ def steps(fmt: Format, lo: Tensor, hi: Tensor, x: Tensor) -> Steps:
     with torch.no_grad():
         stored = fmt.store(raw, x)
         value = fmt._nonzero(value_of(stored)).to(raw.dtype)
-        zero = fmt._offset(lo, value)
+        zero = fmt._offset(lo, value, stored)
     scale = Through.apply(raw, value)
     if zero is None:
         soft = None

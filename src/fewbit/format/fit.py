@@ -273,12 +273,30 @@ class Progressive(Range):
     """QoQ's protective range, the rule of integer steps: the unit of the steps is max|W| / ``protect``.
 
     W is the tensor whose steps are coded, in the blocks that share a unit (its rows). With protect = 119,
-    steps of 4-bit groups are at most 238 / 15 < 16 units, so a weight decodes to at most 119 + 16 / 2 = 127
-    of them and the middle tensor fits int8 (QServe, section 4.1).
+    steps s of 4-bit groups are 238 / 15 < 16 units, so a weight rounded to nearest decodes to at most
+    119 + 16 / 2 = 127 of them and the middle tensor fits int8 (QServe, section 4.1). Solvers that feed errors
+    forward may choose any code, so here every code fits: s is at most 127 // 8 = 15 (with 16 no zero serves
+    both ends), and a zero whose last code would lie beyond 127 moves. What the move clips is less than half
+    a step; only a group that spans 233 units or more has its end clipped further, by 14 units at most.
     """
 
     of_parent = True
+    limit: ClassVar[int] = 127  # of int8
     protect: int = 119
+
+    def __post_init__(self):
+        if not 1 <= self.protect <= self.limit:
+            raise InputError(f"protective range {self.protect} is outside [1, {self.limit}]; 119 is usual")
+
+    def most(self, fmt: Target) -> int:
+        """The largest step with which all codes of ``fmt`` can stay within ``limit`` units."""
+        ends = -fmt.grid.min, fmt.grid.max
+        return int(self.limit // (max(ends) if fmt.symmetric else math.ceil(sum(ends) / 2)))
+
+    def inside(self, zero: Tensor, steps: Tensor, fmt: Target) -> Tensor:
+        """The nearest zeros with which all codes stay within ``limit``; steps: whole, 1 to `most`."""
+        room = (self.limit // steps).to(zero.dtype)
+        return zero.clamp(fmt.grid.max - room, fmt.grid.min + room)
 
     def __call__(self, x, fmt, importance):
         a = x.abs().amax(-1) / self.protect * fmt.reach

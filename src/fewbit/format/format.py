@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fewbit.errors import InputError
 from fewbit.format.block import Block, Channel, Flat, Group, PerTensor
-from fewbit.format.fit import AbsMax, Range
+from fewbit.format.fit import AbsMax, Progressive, Range
 from fewbit.format.qtensor import QTensor, value_of
 from fewbit.grid.grid import Grid
 from fewbit.grid.integer import Int
@@ -184,7 +184,7 @@ class Format:
         else:  # an empty tensor with one step
             lo = hi = blocks.new_zeros(blocks.shape[:-1])
         scale = self.store(self._step(lo, hi), x)
-        zero = mean if self.zero is Zero.MEAN else self._offset(lo, self._nonzero(value_of(scale)))
+        zero = mean if self.zero is Zero.MEAN else self._offset(lo, self._nonzero(value_of(scale)), scale)
         return Params(scale=scale, zero=zero)
 
     def _importance(self, importance: Tensor, x: Tensor, n: int) -> Tensor:
@@ -229,6 +229,8 @@ class Format:
                 outer = value_of(params.scale).to(raw.dtype).unsqueeze(-1)
                 unit = own.block.join(outer * torch.ones_like(own.block.split(raw)), raw.shape)
             raw = torch.maximum(raw, own.grid.least * unit)
+            if isinstance(own.range, Progressive):
+                raw = torch.minimum(raw, own.range.most(self) * unit)
         return own.encode(raw, params)
 
     @staticmethod
@@ -237,16 +239,18 @@ class Format:
         scale = scale.float() if scale.dtype != torch.float64 else scale
         return torch.where(scale == 0, torch.ones_like(scale), scale)
 
-    def _offset(self, lo: Tensor, scale: Tensor) -> Tensor | None:
-        """Zero point or offset of blocks that start at ``lo``, from the step as stored."""
+    def _offset(self, lo: Tensor, scale: Tensor, stored: Tensor | QTensor | None = None) -> Tensor | None:
+        """Zero point or offset of blocks that start at ``lo``, from the step's value and as it is stored."""
         if self.zero is Zero.NONE:
             return None
         if self.zero is Zero.OFFSET:
             return (lo - self.grid.min * scale).to(self.zero_dtype)
         if self.zero is Zero.FLOAT:
             return (self.grid.min - lo / scale).to(self.zero_dtype)
-        z = self.grid.min - lo.clamp(max=0) / scale
-        return z.round().clamp(self.grid.min, self.grid.max).to(self.grid.code_dtype)
+        z = (self.grid.min - lo.clamp(max=0) / scale).round().clamp(self.grid.min, self.grid.max)
+        if isinstance(stored, QTensor) and isinstance(stored.format.range, Progressive):
+            z = stored.format.range.inside(z, stored.codes, self)
+        return z.to(self.grid.code_dtype)
 
     @property
     def zero_dtype(self) -> torch.dtype:
