@@ -1,14 +1,16 @@
 """The ladder of LLM.int8()'s Table 1 on a model with outliers: from one step per tensor to decomposition.
 
-    OMP_NUM_THREADS=1 python benchmarks/int8_ladder.py [--data FOLDER] [--only SUBSTRING]
+    OMP_NUM_THREADS=1 python benchmarks/int8_ladder.py [--data FOLDER] [--only SUBSTRING] [--natural]
 
 The packaged SmolLM2, all linears of the blocks in W8A8, input steps fitted at every call; perplexity of
 WikiText-2 raw test, solid join, 12 windows of 512. A model of 135M has no outliers of the kind that appear
 beyond 6.7B, so they are planted, without changing the function: in every norm of a block six channels get 20
-to 100 times their gain, and the columns of the linears that read them are divided by the same. Table
-"natural" is the model as it is. Rows are named as in the paper (https://arxiv.org/abs/2208.07339): row-wise
-is a step per token and one for the weight, vector-wise a step per token and per output channel; decomposition
-multiplies input columns with an |x| of 6 or more, and their columns of the weight, in float.
+to 100 times their gain, and the columns of the linears that read them are divided by the same. With
+--natural, a second table has the model as it is.
+
+Rows are named as in the paper (https://arxiv.org/abs/2208.07339): row-wise is a step per token and one for
+the weight, vector-wise a step per token and per output channel; decomposition multiplies input columns with
+an |x| of 6 or more, and their columns of the weight, in float.
 
 Writes benchmarks/results/int8_ladder.md, row by row; rows in int8_ladder.json beside it are kept, so an
 interrupted run goes on.
@@ -94,6 +96,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, default=ROOT.parent.parent / "shared" / "data")
     parser.add_argument("--only", default="")
+    parser.add_argument("--natural", action="store_true", help="the model without planted outliers, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
     protocol = Protocol()
@@ -102,7 +105,7 @@ def main():
     kept = ROOT / "results" / "int8_ladder.json"
     done = json.loads(kept.read_text()) if kept.exists() else {}
     model = fewbit.load("smollm2").float()
-    for table in ("planted", "natural"):
+    for table in ("planted", "natural")[: 1 + args.natural]:
         if table == "natural":
             model = fewbit.load("smollm2").float()
         else:
@@ -140,16 +143,16 @@ def write(done: dict) -> None:
         "Printed by `OMP_NUM_THREADS=1 python benchmarks/int8_ladder.py`; its first lines say what is "
         f"measured. Planting changed the float logits by {done['change']:.0e} (relative).",
         "",
-        "| W8A8 | perplexity, outliers planted | above float, % | natural | above float, % |",
-        "|---|--:|--:|--:|--:|",
     ]
-    for name in ("float", *ROWS):
-        cells = []
-        for table in ("planted", "natural"):
-            got, own = done.get(f"{table}/{name}"), done.get(f"{table}/float")
-            cells += [f"{got:.2f}", f"{100 * (got / own - 1):+.2f}"] if got and own else ["", ""]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    (ROOT / "results" / "int8_ladder.md").write_text("\n".join(lines) + "\n")
+    for table in ("planted", "natural"):
+        rows = {name: done[f"{table}/{name}"] for name in ("float", *ROWS) if f"{table}/{name}" in done}
+        if len(rows) < 2:
+            continue
+        lines += [f"| W8A8, outliers {table} | perplexity | above float, % |", "|---|--:|--:|"]
+        for name, got in rows.items():
+            lines.append(f"| {name} | {got:.2f} | {100 * (got / rows['float'] - 1):+.1f} |")
+        lines.append("")
+    (ROOT / "results" / "int8_ladder.md").write_text("\n".join(lines))
 
 
 if __name__ == "__main__":
