@@ -1,5 +1,8 @@
 """ACIQ: the paper's numbers, the rule against a brute-force search, bits for channels, bias correction."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from clips import error_at, real_formats, search, stratified, uniform
@@ -178,3 +181,15 @@ def test_bias_correction_of_constant_rows_and_refusals():
             correct_bias(w, wrong.quantize(w))
     with pytest.raises(InputError, match="give the originals"):
         correct_bias(w[:1], fmt.quantize(w))
+
+
+def test_the_example_of_the_documentation_prints_what_stands_there(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    code, printed = re.search(r"```python\n(.*?)```\n\nprints\n\n```\n(.*?)```", page, re.DOTALL).groups()
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(code, "docs/formats.md", "exec"), {})
+    got = capsys.readouterr().out
+    numbers = re.compile(r"\d+\.\d+")
+    assert numbers.sub("#", got) == numbers.sub("#", printed)
+    want = [float(v) for v in numbers.findall(printed)]
+    assert [float(v) for v in numbers.findall(got)] == pytest.approx(want, abs=2e-4)

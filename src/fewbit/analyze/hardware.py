@@ -7,20 +7,25 @@ is a byte.
 
 Sources, by generation:
 
-- Pascal (6.0): NVIDIA, Tesla P100 whitepaper (FP16 pairs at twice the rate of FP32); PTX ISA, dp4a (sm_61 and
-  later, so P4 and P40 and not P100). https://docs.nvidia.com/cuda/parallel-thread-execution/
-- Volta (7.0): NVIDIA, Tesla V100 whitepaper (tensor cores take FP16 alone); support matrix of TensorRT 8.4
-  (V100: INT8 yes, INT8 tensor cores no).
+- Pascal (6.0): NVIDIA, "Mixed-Precision Programming with CUDA 8" (FP16 pairs on P100; dp4a from 6.1 on, so P4
+  and P40 and not P100). https://developer.nvidia.com/blog/mixed-precision-programming-cuda-8/
+- Volta (7.0): NVIDIA, "Programming Tensor Cores in CUDA 9" (operands are FP16); support matrix of TensorRT
+  8.4 (V100: INT8 yes, INT8 tensor cores no). https://developer.nvidia.com/blog/programming-tensor-cores-cuda-9/
   https://docs.nvidia.com/deeplearning/tensorrt/archives/tensorrt-843/support-matrix/index.html
 - Turing (7.5) to Blackwell (10.0, 12.0): CUDA Programming Guide, "Input data types supported by tensor core
   acceleration per compute capability".
   https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/compute-capabilities.html
-- Blackwell's block scales: PTX ISA, tcgen05.mma and mma with kind mxf8f6f4, mxf4 and mxf4nvf4 (sm_100a,
-  sm_120a).
+- Blackwell's block scales: CUTLASS, "Blackwell SM100 GEMMs" (tcgen05.mma with kind i8, f8f6f4, mxf8f6f4, mxf4
+  and mxf4nvf4) and its kernels for SM120 (mma.sync with the last three kinds). A library may lag behind: see
+  https://nvidia.github.io/TransformerEngine/support_matrix.html for what one of them uses where.
 - INT4 on Hopper and Blackwell: mma with .s4 is accepted and compiles to a sequence of other instructions.
   https://forums.developer.nvidia.com/t/does-blackwell-support-int4-native/326513
-- CDNA 3 and 4: AMD, "Data types and precision support" of ROCm and the CDNA 3 and CDNA 4 whitepapers.
-  https://rocm.docs.amd.com/en/latest/reference/precision-support.html
+- CDNA 3 and 4: AMD, "Data types and precision support" of ROCm; AMD, "Matrix Core Programming on CDNA 3 and
+  CDNA 4" (FP8, FP6, FP4 with E8M0 scales on CDNA 4); LLVM, where gfx942 has the feature xf32-insts (TF32) and
+  gfx950 has not. https://rocm.docs.amd.com/en/latest/reference/precision-support.html
+
+Not looked up in a document but taken as known: FP32 and FP16 among the matrix instructions of CDNA, and that
+libraries emulate TF32 on CDNA 4.
 
 Road not taken: peak rates. They depend on the board, the clock and 2:4 sparsity, which datasheets mix freely;
 a table of them goes wrong sooner than it helps.
