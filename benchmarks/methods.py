@@ -1,0 +1,269 @@
+"""Every method on one model, one calibration and one evaluation: the table of docs/results.md.
+
+    python benchmarks/methods.py [--data FOLDER] [--device cuda] [--only SUBSTRING] [--model FOLDER_OR_GGUF]
+
+SmolLM2-135M, written as float32 first so that every device computes in float32. Calibration: 32 windows
+of 512 tokens of WikiText-2 validation, seed 0. Evaluation of the checkpoint as it was saved: WikiText-2 raw test,
+solid join, 12 windows of 512, against the float model. Table "planted" is the same function with outliers:
+in every norm of a block six channels get 20 to 100 times their gain, and the columns of the linears that
+read them are divided by the same. Seconds are of quantizing, peak memory is what torch had allocated on a
+GPU, or the process's largest size on a CPU.
+
+Rows are written to benchmarks/results/methods.json as they come, and are not run again.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import tempfile
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import fewbit
+from fewbit.evaluate import Protocol, windows
+from fewbit.format import FORMATS
+from fewbit.io.source import open_source
+from fewbit.io.text import read_text
+from fewbit.recipe import Recipe, Rule, named
+from fewbit.solve import Ldlq
+
+ROOT = Path(__file__).parent
+G64 = {"group_size": "64"}
+SYM, ASYM = {**G64, "symmetric": "true"}, {**G64, "symmetric": "false"}
+
+
+def gptq_onto(name: str) -> Recipe:
+    """LDLQ onto a block format, the range that the format has."""
+    return Recipe(name=f"gptq-{name}", rules=(Rule(weight=FORMATS[name], solver=Ldlq()),))
+
+
+def awq_hqq() -> Recipe:
+    """AWQ's scales, then HQQ."""
+    hqq = named("hqq", {"bits": "4", **G64})
+    return replace(hqq, name="awq-hqq", transforms=named("awq", G64).transforms)
+
+
+def smooth_gptq() -> Recipe:
+    """SmoothQuant's scales, then GPTQ in 8 bits."""
+    smooth = named("smoothquant", {})
+    return replace(smooth, name="smooth-gptq", rules=tuple(replace(r, solver=Ldlq()) for r in smooth.rules))
+
+
+def awq_gptq(bits: str) -> Recipe:
+    """AWQ's scales, then GPTQ."""
+    gptq = named("gptq", {"bits": bits, **ASYM})
+    return replace(gptq, name="awq-gptq", transforms=named("awq", {**G64, "bits": bits}).transforms)
+
+
+def quarot_mxfp4() -> Recipe:
+    """Weights by GPTQ and inputs in MXFP4, in a rotated basis."""
+    from fewbit.format.activation import Activation
+
+    base = named("quarot", {})
+    mx = FORMATS["mxfp4-even"]
+    return replace(
+        base, name="quarot-mxfp4",
+        rules=(Rule(weight=mx, input=Activation(format=mx), solver=Ldlq()),),
+    )  # fmt: skip
+
+
+def mxfp4_both() -> Recipe:
+    """MXFP4 weights and inputs, rounded to nearest."""
+    from fewbit.format.activation import Activation
+
+    mx = FORMATS["mxfp4"]
+    return Recipe(name="mxfp4-w4a4", rules=(Rule(weight=mx, input=Activation(format=mx)),))
+
+
+def w4a4() -> Recipe:
+    """int4 weights per row and int4 inputs per token, rounded to nearest."""
+    rule = named("quarot", {"solver": "rtn"}).rules[0]
+    return Recipe(name="w4a4", rules=(rule,))
+
+
+def rows():
+    """(table, name, recipe)."""
+    r = named
+    yield "8 bit", "int8, weights", r("int8", {})
+    yield "8 bit", "fp8, weights", r("fp8", {})
+    yield "8 bit", "W8A8 int8, absmax per token", r("w8a8", {})
+    yield "8 bit", "LLM.int8()", r("llm-int8", {})
+    yield "8 bit", "SmoothQuant O1", r("smoothquant", {"level": "O1"})
+    yield "8 bit", "SmoothQuant O2", r("smoothquant", {"level": "O2"})
+    yield "8 bit", "SmoothQuant O3", r("smoothquant", {"level": "O3"})
+    yield "8 bit", "SmoothQuant O1 + GPTQ", smooth_gptq()
+    yield "8 bit", "FP8 W8A8, dynamic", r("fp8-dynamic", {})
+    yield "8 bit", "FP8 W8A8, static", r("w8a8", {"grid": "e4m3fn", "input": "tensor", "static": "true"})
+    yield "8 bit", "Quanto qint8, qint8 inputs", r("quanto", {"activations": "qint8"})
+    yield "8 bit", "MoFQ W8A8", r("mofq", {"bits": "8"})
+    yield "4 bit", "rtn, symmetric", r("rtn", SYM)
+    yield "4 bit", "rtn, asymmetric", r("rtn", ASYM)
+    yield "4 bit", "rtn, asymmetric, MSE range", r("rtn", {**ASYM, "range": "mse"})
+    yield "4 bit", "Quanto qint4", r("quanto", {"weights": "qint4", **G64})
+    yield "4 bit", "MoFQ", r("mofq", G64)
+    yield "4 bit", "NF4, double quantization", r("nf4", {})
+    yield "4 bit", "NVFP4", r("rtn", {"format": "nvfp4"})
+    yield "4 bit", "MXFP4", r("rtn", {"format": "mxfp4"})
+    yield "4 bit", "HQQ", r("hqq", {"bits": "4", **G64})
+    yield "4 bit", "AWQ", r("awq", G64)
+    yield "4 bit", "OmniQuant (LWC)", r("omniquant", G64)
+    yield "4 bit", "GPTQ, symmetric", r("gptq", SYM)
+    yield "4 bit", "GPTQ, asymmetric", r("gptq", ASYM)
+    yield "4 bit", "AWQ + GPTQ", awq_gptq("4")
+    yield "4 bit", "AutoRound", r("autoround", G64)
+    yield "3 bit", "rtn, asymmetric", r("rtn", {**ASYM, "bits": "3"})
+    yield "3 bit", "HQQ", r("hqq", {"bits": "3", **G64})
+    yield "3 bit", "AWQ", r("awq", {**G64, "bits": "3"})
+    yield "3 bit", "OmniQuant (LWC)", r("omniquant", {**G64, "bits": "3"})
+    yield "3 bit", "GPTQ, asymmetric", r("gptq", {**ASYM, "bits": "3"})
+    yield "3 bit", "AWQ + GPTQ", awq_gptq("3")
+    yield "3 bit", "AutoRound", r("autoround", {**G64, "bits": "3"})
+    yield "compositions", "GPTQ onto NF4-DQ", gptq_onto("nf4-dq")
+    yield "compositions", "GPTQ onto E2M1, g64", r("gptq", {"grid": "e2m1", **G64})
+    yield "compositions", "GPTQ onto MXFP4 (even)", gptq_onto("mxfp4-even")
+    yield "compositions", "GPTQ onto NVFP4", gptq_onto("nvfp4")
+    yield "compositions", "AWQ + HQQ", awq_hqq()
+    yield "compositions", "MXFP4 W4A4, rtn", mxfp4_both()
+    yield "compositions", "QuaRot + MXFP4 W4A4", quarot_mxfp4()
+    yield "planted", "W8A8 int8, per tensor", r("w8a8", {"weight": "tensor", "input": "tensor"})
+    yield "planted", "W8A8 int8, per token", r("w8a8", {})
+    yield "planted", "LLM.int8()", r("llm-int8", {})
+    yield "planted", "SmoothQuant O1", r("smoothquant", {"level": "O1"})
+    yield "planted", "SmoothQuant O3", r("smoothquant", {"level": "O3"})
+    yield "planted", "QuaRot W8A8", r("quarot", {"bits": "8", "input_bits": "8"})
+    yield "planted", "W4A4 int4, rtn", w4a4()
+    yield "planted", "QuaRot W4A16", r("quarot", {"input_bits": "16"})
+    yield "planted", "QuaRot W4A4", r("quarot", {})
+    yield "planted", "QuaRot W4A4, rtn", r("quarot", {"solver": "rtn"})
+    yield "planted", "QuaRot W4A8", r("quarot", {"input_bits": "8"})
+    for table, name, recipe, settings in LATER:
+        if recipe in {f.__name__ for f in fewbit.recipes.RECIPES}:
+            yield table, name, r(recipe, settings)
+
+
+LATER = (
+    ("planted", "SpinQuant W4A4", "spinquant", {}),
+    ("planted", "QoQ W4A8 g64", "qoq", G64),
+    ("4 bit", "QoQ W4A8 g64", "qoq", G64),
+)
+
+
+@torch.no_grad()
+def plant(model, channels: int = 6, low: float = 20.0, high: float = 100.0) -> None:
+    """Outliers in the inputs of q, k, v and of gate, up; logits stay."""
+    factor = torch.logspace(torch.tensor(low).log10(), torch.tensor(high).log10(), channels)
+    draw = torch.Generator().manual_seed(0)
+    for block in model.model.layers:
+        attention, ffn = block.self_attn, block.mlp
+        for norm, readers in (
+            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (block.post_attention_layernorm, (ffn.gate_proj, ffn.up_proj)),
+        ):
+            where = torch.randperm(len(norm.weight), generator=draw)[:channels]
+            norm.weight[where] *= factor.to(norm.weight)
+            for reader in readers:
+                reader.weight[:, where] /= factor.to(norm.weight)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path, default=ROOT.parent.parent / "shared" / "data")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--skip", default="\0")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no further row after this time")
+    parser.add_argument("--results", type=Path, default=ROOT / "results" / "methods.json")
+    args = parser.parse_args()
+    began, protocol = time.perf_counter(), Protocol()
+    folder = Path(tempfile.mkdtemp())
+    source = open_source(args.model)
+    tokens = windows(source.tokenizer(), read_text(args.data / "wikitext2_raw_test.txt"), protocol)
+    original = fewbit.load(args.model, dtype=torch.float32)
+    for name, change in (("plain", lambda m: None), ("planted", plant)):
+        change(original)
+        original.save_pretrained(folder / name)
+        source.tokenizer().save_pretrained(folder / name)
+    calibration = fewbit.Calibration(
+        source=str(args.data / "wikitext2_raw_valid.txt"), samples=32, seqlen=512, seed=0
+    )
+    reference = fewbit.load(folder / "plain", device=args.device, dtype=torch.float32)
+    done = json.loads(args.results.read_text()) if args.results.exists() else {}
+    floats = fewbit.evaluate(reference, tokens, protocol)
+    done["float"] = {"perplexity": floats.perplexity, "device": device_name(args.device)}
+    for table, name, recipe in rows():
+        key = f"{table}/{name}"
+        if key in done or args.only not in key or args.skip in key:
+            continue
+        if time.perf_counter() - began > 60 * args.minutes:
+            print("no time for", key, flush=True)
+            continue
+        try:
+            done[key] = one(folder, table, recipe, args.device, calibration, tokens, protocol, reference)
+        except Exception:
+            print(key, traceback.format_exc(), flush=True)
+            continue
+        print(key, json.dumps(done[key]), flush=True)
+        args.results.write_text(json.dumps(done, indent=1))
+    shutil.rmtree(folder)
+    if args.results.parent == ROOT / "results":
+        (ROOT / "results" / "methods.md").write_text(markdown(done))
+
+
+def one(folder, table, recipe, device, calibration, tokens, protocol, reference) -> dict:
+    """Quantize, evaluate what was saved, forget it."""
+    model, out = folder / ("planted" if table == "planted" else "plain"), folder / "out"
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    result = fewbit.quantize(model, recipe, output=out, calibration=calibration, device=device)
+    seconds = time.perf_counter() - start
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if device != "cpu"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    got = fewbit.evaluate(
+        fewbit.load(out, device=device, dtype=torch.float32), tokens, protocol, against=reference
+    )
+    shutil.rmtree(out)
+    return {
+        "bits": result.plan.bits_per_weight, "kl": got.kl, "kl_error": got.kl_error, "top1": got.top1,
+        "perplexity": got.perplexity, "seconds": seconds, "peak_bytes": peak,
+    }  # fmt: skip
+
+
+def device_name(device: str) -> str:
+    """What the figures were taken on."""
+    return "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
+
+
+def markdown(done: dict) -> str:
+    """The tables."""
+    lines = ["Printed by `python benchmarks/methods.py` (its first lines say what is measured)."]
+    lines += [f"Float: perplexity {done['float']['perplexity']:.2f}. Device: {done['float']['device']}.", ""]
+    for table in dict.fromkeys(key.split("/", 1)[0] for key in done if "/" in key):
+        lines += [
+            f"## {table}",
+            "",
+            "| method | bits / weight | KL | ± | top-1 % | perplexity | s | peak, MB |",
+        ]
+        lines += ["|---|--:|--:|--:|--:|--:|--:|--:|"]
+        for key, r in done.items():
+            if key.startswith(table + "/"):
+                lines.append(
+                    f"| {key.split('/', 1)[1]} | {r['bits']:.3f} | {r['kl']:.4f} | {r['kl_error']:.4f} | "
+                    f"{100 * r['top1']:.1f} | {r['perplexity']:.2f} | {r['seconds']:.0f} | "
+                    f"{r['peak_bytes'] / 1e6:.0f} |"
+                )
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
