@@ -19,6 +19,7 @@ from fewbit.recipe.quarot import quarot
 from fewbit.recipe.recipe import Alternative, Recipe, Rule, from_yaml
 from fewbit.recipe.rtn import fp8, int8, nf4, rtn
 from fewbit.recipe.smoothquant import smoothquant
+from fewbit.recipe.spinquant import spinquant
 from fewbit.recipe.w8a8 import fp8_dynamic, llm_int8, quanto, w8a8
 
 RECIPES: tuple[Callable[..., Recipe], ...] = (
@@ -36,6 +37,7 @@ RECIPES: tuple[Callable[..., Recipe], ...] = (
     quanto,
     mofq,
     quarot,
+    spinquant,
     omniquant,
     autoround,
 )
@@ -84,5 +86,5 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
 __all__ = [
     "RECIPES", "Alternative", "Recipe", "Rule", "autoround", "awq", "fp8", "fp8_dynamic", "from_yaml",
     "gptq", "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "omniquant", "quanto", "quarot", "rtn",
-    "smoothquant", "w8a8",
+    "smoothquant", "spinquant", "w8a8",
 ]  # fmt: skip

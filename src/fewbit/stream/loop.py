@@ -66,7 +66,7 @@ class Loop:
     witness: Tensor | None = None
     params: dict[str, Params] = field(default_factory=dict)  # static steps of inputs of the block at hand
     flows: list[Flow] = field(default_factory=list)
-    stream: Map | None = None  # the rotation of the residual stream
+    stream: Map | None = None  # the rotation of the residual stream; set before where it was learned
     float_outputs: list[Tensor] = field(default_factory=list)  # of the float model at this block, for tuning
     untied: tuple[str, ...] = ()  # parameters that are stored for the first time
     outer: dict[str, Tensor] = field(default_factory=dict)  # rotated tensors outside the blocks, as stored
@@ -83,7 +83,7 @@ class Loop:
         self._check(outside)
         rotation = plan.recipe.rotation
         if rotation is not None:
-            self.stream, self.untied = rotate_ends(self.model, rotation, plan.source.dtype)
+            self.stream, self.untied = rotate_ends(self.model, rotation, plan.source.dtype, self.stream)
             written = {n: self.mapping[n] for n in outside if n not in self.untied}
             self.outer = outer_tensors(self.model, written | {n: n for n in self.untied}, plan.source.dtype)
         vocabulary = self.model.get_input_embeddings().num_embeddings

@@ -25,6 +25,7 @@ from fewbit.stream.loop import Loop
 from fewbit.stream.memory import return_freed_arrays
 from fewbit.stream.plan import Plan, make_plan
 from fewbit.stream.progress import LayerRow, Progress
+from fewbit.stream.rotate import learned_map, plan_learning
 from fewbit.stream.verify import verify
 from fewbit.stream.weights import Rounded
 
@@ -85,9 +86,11 @@ def quantize(
     source = open_source(model)
     if depth == "auto":  # it depends on free memory: an interrupted run goes on as it began
         depth = depth_of_interrupted(output) or depth
+    calibration = calibration or Calibration()
     plan, skeleton, blocks, mapping = make_plan(
-        source, recipe, calibration or Calibration(), output=output, device=device, depth=depth
+        source, recipe, calibration, output=output, device=device, depth=depth
     )
+    plan = plan_learning(plan, skeleton, blocks, calibration)
     tokens = sample_tokens(plan.calibration, source.tokenizer()) if plan.calibration else None
     job = Job(output, _key(plan, tokens))
     if job.open():
@@ -105,6 +108,7 @@ def quantize(
     progress.start(plan)
     loop = Loop(plan=plan, model=skeleton, blocks=blocks, mapping=mapping, job=job, progress=progress)
     try:
+        loop.stream = learned_map(plan, tokens, job, progress)
         logits = loop.run(tokens)
         progress.phase("writing the checkpoint")
         plan = replace(plan, layers=tuple(loop.done(x) for x in plan.layers))

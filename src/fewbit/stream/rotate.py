@@ -1,5 +1,8 @@
 """QuaRot in the loop: the ends of the model once, then each block when its weights are in memory.
 
+SpinQuant's map of the stream is learned before the loop, with the whole model in memory, and kept in the
+job's folder: what is folded is always read from there, so an interrupted run ends as one that was not.
+
 The flows carry the rotated residual stream, x Q. To find out what a block does, and to prove that the rotated
 block does the same, it is run on x, which is what the flows carry times Q^-1.
 """
@@ -7,25 +10,109 @@ block does the same, it is run on x, which is what the flows carry times Q^-1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewbit.errors import InputError
+from fewbit.io.checkpoint import save_tensors
+from fewbit.io.skeleton import build_skeleton, materialize, parameter_map
+from fewbit.io.source import check_finite
 from fewbit.nn.blocks import weight_of
 from fewbit.nn.linear import change_input, transform_input
 from fewbit.seams.heads import find_values, fold_online, rotate_values_checked
+from fewbit.seams.learn import learn_rotation
 from fewbit.seams.residual import find_residual, rotate_checked
 from fewbit.seams.rotation import find_outside, rotate_outside, stream_map
+from fewbit.stream.blocks import Blocks
+from fewbit.stream.data import Calibration
+from fewbit.stream.estimate import _available
+from fewbit.stream.job import Job
+from fewbit.stream.plan import Plan
+from fewbit.stream.progress import Progress
 from fewbit.stream.suspend import Stop
-from fewbit.transform import Hadamard, Map
+from fewbit.stream.weights import tensor
+from fewbit.transform import Hadamard, Map, Orthogonal
 from fewbit.transform.rotation import Rotation
 
+_LEARNED = "rotation.safetensors"
 
-def rotate_ends(model: nn.Module, rotation: Rotation, stored: torch.dtype) -> tuple[Map, tuple[str, ...]]:
-    """Rotate embeddings and head, in memory; the stream's map, and parameters to store for the first time."""
+
+def plan_learning(plan: Plan, model: nn.Module, blocks: Blocks, calibration: Calibration) -> Plan:
+    """The plan with what learning a rotation adds: calibration text, memory, a caveat on time.
+
+    Raises ``InputError`` where no input is quantized, or the model does not fit with what one window needs.
+    """
+    rotation = plan.recipe.rotation
+    if rotation is None or not rotation.steps:
+        return plan
+    if not any(layer.activation for layer in plan.layers):
+        raise InputError(
+            f"recipe {plan.recipe.name!r} learns a rotation from quantized inputs and quantizes none; give "
+            "input_bits, or steps=0 for a random Hadamard map"
+        )
+    calibration = plan.calibration or calibration
+    item = 4 if plan.device == "cpu" else plan.source.dtype.itemsize
+    own = sum(sum(layer.shape) for layer in plan.layers)  # what a backward pass keeps of one token
+    logits = 4 * 4 * model.get_input_embeddings().num_embeddings
+    peak = sum(p.numel() for p in model.parameters()) * item + calibration.seqlen * (2 * own * item + logits)
+    if peak > _available(plan.device):
+        raise InputError(
+            f"learning the rotation takes the whole model and one window's activations in memory, about "
+            f"{peak / 1e9:.1f} GB, and {plan.device} has {_available(plan.device) / 1e9:.1f} GB; use a "
+            "shorter --seqlen, or steps=0 for a random Hadamard map"
+        )
+    tokens = rotation.steps * rotation.batch * calibration.seqlen
+    passes = 3 * tokens / (calibration.samples * calibration.seqlen)
+    caveat = (
+        f"learning the rotation sends {tokens} tokens forward and back through the whole model, the work of "
+        f"{passes:.0f} passes over the calibration text, which the time above does not count"
+    )
+    return replace(
+        plan,
+        calibration=calibration,
+        peak_bytes=max(plan.peak_bytes, peak),
+        caveats=(*plan.caveats, caveat),
+    )
+
+
+def learned_map(plan: Plan, tokens: Tensor | None, job: Job, progress: Progress) -> Map | None:
+    """The map of the stream that the recipe wants learned, from the job's folder, learned where it is not
+    there yet; None for recipes that learn none. Holds the whole model meanwhile.
+    """
+    rotation, device = plan.recipe.rotation, plan.device
+    if rotation is None or not rotation.steps:
+        return None
+    file = job.part / _LEARNED
+    if not file.exists():
+        model = build_skeleton(plan.source)
+        mapping, _ = parameter_map(plan.source, model)
+        dtype = torch.float32 if device == "cpu" else plan.source.dtype
+        materialize(model, mapping, plan.source, mapping, device, dtype)
+        for name, stored in mapping.items():
+            check_finite(stored, tensor(model, name))
+        activations = {layer.module: layer.activation for layer in plan.layers if layer.activation}
+
+        def watch(step: int, loss: float) -> None:
+            progress.phase(f"learning the rotation, step {step} of {rotation.steps}: loss {loss:.4f}")
+
+        learned = learn_rotation(model, tokens, activations, rotation, watch)
+        plan.source.release()
+        save_tensors(file, {"matrix": learned.map.matrix.cpu()})
+    return Orthogonal(load_file(file, device=device)["matrix"])
+
+
+def rotate_ends(
+    model: nn.Module, rotation: Rotation, stored: torch.dtype, learned: Map | None = None
+) -> tuple[Map, tuple[str, ...]]:
+    """Rotate embeddings and head, in memory; the stream's map, and parameters to store for the first time.
+
+    learned: the stream's map; None: a random Hadamard map.
+    """
     outside = find_outside(model)
-    q = stream_map(outside, rotation.seed)
+    q = stream_map(outside, rotation.seed) if learned is None else learned
     untied = rotate_outside(model, outside, q)
     for name in (*outside.embeddings, outside.norm, outside.head):
         if name is not None:
