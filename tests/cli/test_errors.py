@@ -230,6 +230,7 @@ def test_usage_errors_and_defects_have_their_own_codes(fewbit, llama, monkeypatc
     for words, said in (
         (("quantize", llama, "-r", "rtn"), "Missing option '--output' / '-o'; `fewbit quantize --help`"),
         (("quantise", llama), "No such command 'quantise'"),
+        (("--quiet", "formats"), "No such option: --quiet; `fewbit --help` says"),
         (("eval", llama, "--join", "glue"), "'glue'"),
         (("memory", llama, "--context", "nan"), "--context"),
         (("memory", ""), "The name of the model is empty"),
@@ -262,6 +263,17 @@ def test_an_interrupt_says_how_to_go_on_and_the_same_command_does(fewbit, llama,
     assert ran.code == 0
     assert ran.err.count("taken over from the interrupted run") == 2
     assert "2 blocks were taken over" in ran.out
+
+
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_reader_that_leaves_is_no_error(lines):
+    command = [sys.executable, "-m", "fewbit.cli.main", "formats", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as ran:
+        for _ in range(lines):
+            ran.stdout.readline()
+        ran.stdout.close()
+        assert ran.stderr.read() == ""
+    assert ran.returncode == 0
 
 
 def test_the_real_process_says_one_sentence(tmp_path):

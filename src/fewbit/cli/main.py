@@ -26,15 +26,28 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 class Commands(TyperGroup):
     """The group of all commands; turns errors that mean "your input" into one sentence and exit code 2."""
 
+    def make_context(self, *args, **kwargs) -> typer.Context:
+        """Read the words before the command."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # no word at all: the help
+                raise
+            self._misused(error)
+
     def invoke(self, ctx: typer.Context) -> object:
         """Run one command."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
         except InputError as error:
             self._leave(2, str(error))
         except UsageError as error:
-            at = (error.ctx or ctx).command_path.removeprefix(ctx.find_root().command_path)
-            self._leave(2, f"{error.format_message().rstrip('.')}; `fewbit{at} --help` says what it takes")
+            self._misused(error)
+        except BrokenPipeError:  # `fewbit formats | head`: nobody reads on, and that is no error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
         except KeyboardInterrupt:
             again = "; the same command goes on from the last finished block"
             self._leave(130, "interrupted" + (again if ctx.invoked_subcommand == "quantize" else ""))
@@ -43,6 +56,11 @@ class Commands(TyperGroup):
                 raise
             where = f" at {error.filename}" if error.filename else ""
             self._leave(2, f"the disk is full{where}; free some space and run the same command again")
+
+    def _misused(self, error: UsageError) -> None:
+        ctx = error.ctx
+        at = ctx.command_path.removeprefix(ctx.find_root().command_path) if ctx else ""
+        self._leave(2, f"{error.format_message().rstrip('.')}; `fewbit{at} --help` says what it takes")
 
     @staticmethod
     def _leave(code: int, sentence: str) -> None:
@@ -96,11 +114,7 @@ app.add_typer(plot.app, name="plot")
 
 def run() -> None:
     """What the ``fewbit`` command calls."""
-    try:
-        app()
-    except BrokenPipeError:  # `fewbit formats | head`: nobody reads on, and that is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    app()
 
 
 if __name__ == "__main__":
