@@ -1,6 +1,6 @@
 """HQQ lowers the error it claims to lower, block by block, on any grid, and depends on no unit or chunk."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -188,3 +188,10 @@ def test_the_recipe_survives_yaml_and_stores_float_zeros():
     fmt = recipe.rules[0].weight
     assert (fmt.zero, fmt.bits_per_weight((64, 128))) == (Zero.FLOAT, 3.5)
     assert recipe.rules[0].needs == frozenset()
+
+
+def test_every_setting_of_the_solver_is_one_of_the_recipe():
+    other = {"norm": 0.7, "beta": 5.0, "kappa": 1.1, "iterations": 3, "stretch": False, "round_zero": False}
+    assert hqq(columns=0.5, **other).rules[0].solver == Hqq(columns=0.5, **other)
+    assert {f.name for f in fields(Hqq)} == {"columns", *other}
+    assert hqq().rules[0].solver == Hqq()

@@ -37,5 +37,8 @@ def hqq(
         bits=bits, grid=grid, group_size=group_size, symmetric=symmetric, zero=zero, scale=scale,
         divisor=divisor,
     )  # fmt: skip
-    solver = Hqq(norm=norm, beta=beta, kappa=kappa, iterations=iterations, stretch=stretch, columns=columns)
+    solver = Hqq(
+        norm=norm, beta=beta, kappa=kappa, iterations=iterations, stretch=stretch, round_zero=round_zero,
+        columns=columns,
+    )  # fmt: skip
     return Recipe(name="hqq", rules=(Rule(match="*", weight=fmt, solver=solver),))
