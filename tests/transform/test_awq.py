@@ -63,7 +63,7 @@ def test_is_never_worse_than_rounding_on_its_own_measure(zero, duo):
         fmt = Format(grid=by_name("int3"), block=Group(16), range=MinMax(), zero=zero, scale=FP16)
         x, readers = inputs(seed, by=1.0 + seed), readers_of(fmt, seed=seed)
         stats = stats_of(x)
-        s = Awq(duo=duo, points=5)(readers, stats)
+        s = Awq(duo=duo, points=5, rows=8)(readers, stats)
         assert output_error(readers, stats, s) <= output_error(readers, stats, ONES)
 
 
@@ -73,6 +73,13 @@ def test_duo_is_never_worse_than_plain_and_wins_where_weights_differ():
     stats = stats_of(x)
     plain, duo = (output_error(readers, stats, Awq(duo=d)(readers, stats)) for d in (False, True))
     assert duo < plain
+
+
+def test_a_sample_of_rows_finds_what_all_rows_find():
+    x, readers = inputs(), readers_of(INT4, rows=512)
+    stats = stats_of(x)
+    few, all_rows = (output_error(readers, stats, Awq(rows=n)(readers, stats)) for n in (64, 512))
+    assert few < 1.02 * all_rows < 0.5 * output_error(readers, stats, ONES)
 
 
 def test_every_candidate_is_centred():
@@ -120,8 +127,9 @@ def test_serves_norms_and_linears_and_asks_for_products_and_columns():
 
 
 def test_refuses_a_search_over_one_point_and_inputs_that_are_not_finite():
-    with pytest.raises(InputError, match="1 exponents"):
-        Awq(points=1)
+    for wrong in ({"points": 1}, {"rows": 0}):
+        with pytest.raises(InputError, match="20 and 128 are usual"):
+            Awq(**wrong)
     stats = stats_of(inputs())
     stats.gram[0, 0] = torch.nan
     with pytest.raises(InputError, match="NaN"):

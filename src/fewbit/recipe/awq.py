@@ -25,6 +25,7 @@ def awq(
     divisor: str = "edge",
     format: str | None = None,
     points: int = 20,
+    rows: int = 128,
     duo: bool = False,
 ) -> Recipe:
     """Every linear layer of the blocks by AWQ, weights only (W4A16, asymmetric, by default)."""
@@ -33,4 +34,6 @@ def awq(
         bits=bits, grid=grid, group_size=group_size, symmetric=symmetric, zero=zero, scale=scale,
         divisor=divisor,
     )  # fmt: skip
-    return Recipe(name="awq", rules=(Rule(match="*", weight=fmt),), transforms=(Awq(points=points, duo=duo),))
+    return Recipe(
+        name="awq", rules=(Rule(match="*", weight=fmt),), transforms=(Awq(points=points, rows=rows, duo=duo),)
+    )

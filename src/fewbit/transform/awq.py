@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,16 +44,20 @@ FLOOR = 1e-4  # of a mean magnitude, relative to the largest: dead channels
 class Awq(Chooser):
     """s with the least output error among powers of the mean magnitude of x.
 
-    points: candidates for r in [0, 1], both ends included. duo: try the family that divides by the weights'
-    magnitude, too (twice the time).
+    points: candidates for r in [0, 1], both ends included. rows: output rows of each reader, evenly chosen,
+    on which candidates are compared where rows are quantized apart; the winner must then beat s = 1 on all.
+    duo: try the family that divides by the weights' magnitude, too (twice the time).
     """
 
     points: int = 20
+    rows: int = 128
     duo: bool = False
 
     def __post_init__(self):
-        if self.points < 2:
-            raise InputError(f"a search over {self.points} exponents is none; 20 is usual")
+        if self.points < 2 or self.rows < 1:
+            raise InputError(
+                f"a search over {self.points} exponents on {self.rows} rows is none; 20 and 128 are usual"
+            )
 
     @property
     def needs(self):
@@ -65,11 +69,19 @@ class Awq(Chooser):
 
     def __call__(self, readers, stats, tie=None):
         readers = [r for r in readers if r.format is not None]
-        losses = [(output_error(readers, stats, s), s) for s in self._candidates(readers, stats, tie)]
+        few = [self._sampled(r) for r in readers]
+        losses = [(output_error(few, stats, s), s) for s in self._candidates(readers, stats, tie)]
         least, best = min(losses, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
         if not math.isfinite(least):
             raise InputError("no scale gives a finite error: the weights or their inputs hold NaN or Inf")
-        return best
+        one = losses[0][1]
+        return best if output_error(readers, stats, best) < output_error(readers, stats, one) else one
+
+    def _sampled(self, reader: Reader) -> Reader:
+        every = len(reader.weight) // self.rows
+        if every < 2 or not reader.format.rows_independent:
+            return reader
+        return replace(reader, weight=reader.weight[::every])
 
     def _candidates(self, readers: Sequence[Reader], stats: Stats, tie: Tensor | None) -> Iterator[Tensor]:
         """Centred s [in]; the first is all ones."""
