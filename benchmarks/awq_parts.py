@@ -2,11 +2,11 @@
 
     python benchmarks/awq_parts.py [--data FOLDER] [--only SUBSTRING] [--model MODEL] [--device cpu]
 
-Quantizes SmolLM2 (32 x 512 calibration tokens of WikiText-2 validation, seed 0) with each row's settings and
-evaluates each checkpoint as it was saved: WikiText-2 raw test, solid join, 12 windows of 512, against the
-float model. Rows "planted" start from the same model with three channels of every norm 40 to 80 times as
-large and the columns of their readers as much smaller: in floating point it computes the same. Writes
-benchmarks/results/awq_parts.md, row by row; finished rows are kept, so an interrupted run goes on.
+Quantizes SmolLM2, saved in float32 (32 x 512 calibration tokens of WikiText-2 validation, seed 0), with each
+row's settings and evaluates each checkpoint as it was saved: WikiText-2 raw test, solid join, 12 windows of
+512, against the float model. Rows "planted" start from the same model with three channels of every norm 40 to
+80 times as large and the columns of their readers as much smaller: in floating point it computes the same.
+Writes benchmarks/results/awq_parts.md, row by row; finished rows are kept, so an interrupted run goes on.
 """
 
 import argparse
@@ -66,8 +66,11 @@ def rows():
 
 
 @torch.no_grad()
-def plant(model, folder: Path) -> str:
-    """``model`` with outlier channels behind every norm, saved with its tokenizer in float32."""
+def copied(model: str, folder: Path, factors: dict[int, float]) -> str:
+    """``model`` with outlier channels behind every norm, saved with its tokenizer in float32.
+
+    On a GPU blocks run in the dtype of the source; in bfloat16 no fold leaves their output as it was.
+    """
     original = fewbit.load(model, dtype=torch.float32)
     for block in original.model.layers:
         attention, mlp = block.self_attn, block.mlp
@@ -75,7 +78,7 @@ def plant(model, folder: Path) -> str:
         for norm, linears in zip(
             (block.input_layernorm, block.post_attention_layernorm), readers, strict=True
         ):
-            for channel, factor in PLANTED.items():
+            for channel, factor in factors.items():
                 norm.weight[channel] *= factor
                 for linear in linears:
                     linear.weight[:, channel] /= factor
@@ -101,12 +104,12 @@ def main():
         source=str(args.data / "wikitext2_raw_valid.txt"), samples=32, seqlen=512, seed=0
     )
     folder = Path(tempfile.mkdtemp())
-    planted = plant(args.model, folder / "planted")
+    plain, planted = (copied(args.model, folder / str(bool(f)), f) for f in ({}, PLANTED))
     for name, recipe, with_outliers in rows():
         if args.only not in name or name in kept():
             continue
         result = fewbit.quantize(
-            planted if with_outliers else args.model, recipe,
+            planted if with_outliers else plain, recipe,
             output=folder / "out", calibration=calibration, device=args.device,
         )  # fmt: skip
         model = fewbit.load(folder / "out", device=args.device, dtype=torch.float32)
