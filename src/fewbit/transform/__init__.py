@@ -1,14 +1,16 @@
 """Transforms: invertible linear maps along one axis, and what chooses them."""
 
+from fewbit.transform.attention import SmoothAttention
 from fewbit.transform.awq import Awq
 from fewbit.transform.chooser import Chooser, Kind, Reader, shared
 from fewbit.transform.hadamard import Hadamard, hadamard_matrix
 from fewbit.transform.maps import Diagonal, Map, Orthogonal, Permutation, Product, gram
+from fewbit.transform.permute import Permute
 from fewbit.transform.smooth import Smooth
 
-CHOOSERS = (Smooth, Awq)
+CHOOSERS = (Smooth, Awq, SmoothAttention, Permute)
 
 __all__ = [
     "CHOOSERS", "Awq", "Chooser", "Diagonal", "Hadamard", "Kind", "Map", "Orthogonal", "Permutation",
-    "Product", "Reader", "Smooth", "gram", "hadamard_matrix", "shared",
+    "Permute", "Product", "Reader", "Smooth", "SmoothAttention", "gram", "hadamard_matrix", "shared",
 ]  # fmt: skip

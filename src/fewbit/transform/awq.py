@@ -35,7 +35,7 @@ from torch import Tensor
 from fewbit.errors import InputError
 from fewbit.format import Need, Stats
 from fewbit.format.block import Group
-from fewbit.transform.chooser import Chooser, Kind, Reader, shared
+from fewbit.transform.chooser import SCALES, Chooser, Reader, shared
 
 FLOOR = 1e-4  # of a mean magnitude, relative to the largest: dead channels
 
@@ -65,7 +65,7 @@ class Awq(Chooser):
 
     @property
     def kinds(self):
-        return frozenset(Kind)
+        return SCALES
 
     def __call__(self, readers, stats, tie=None):
         readers = [r for r in readers if r.format is not None]

@@ -1,9 +1,10 @@
-"""What chooses a diagonal map for a seam: frozen data with one pure call on weights and statistics.
+"""What chooses the map of a seam: frozen data with one pure call on weights and statistics.
 
     chooser(weights [out_k, in] of the layers that read x, their formats, statistics of x) -> s [in]
 
-x / s and W diag(s) then take the places of x and W. A chooser sees tensors only: where the map is folded, and
-that the block still computes what it did, is the business of ``fewbit.seams``.
+x / s and W diag(s) then take the places of x and W; of keys x and queries, K / s and Q diag(s). Choosers of
+`Kind.ORDER` return an order of the columns instead, int64 [in]. A chooser sees tensors only: where the map is
+folded, and that the block still computes what it did, is the business of ``fewbit.seams``.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ from fewbit.format.activation import Activation
 
 
 class Kind(StrEnum):
-    """Where a map folds: into the gain of a norm, or into the rows of the linear that produces x."""
+    """Where a map folds."""
 
-    NORM = "norm"
-    LINEAR = "linear"
+    NORM = "norm"  # into the gain of the norm that returns x
+    LINEAR = "linear"  # into the rows of the linear that produces x
+    ATTENTION = "attention"  # into keys, and inversely into queries: x are keys after the rotary embedding
+    ORDER = "order"  # a permutation, into the rows of all linears whose elementwise product x is
+
+
+SCALES = frozenset({Kind.NORM, Kind.LINEAR})  # where any positive scale of single columns of x folds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +44,7 @@ class Reader:
 
 @dataclass(frozen=True, kw_only=True)
 class Chooser(ABC):
-    """Chooses s for one seam."""
+    """Chooses s, or an order, for one seam."""
 
     @property
     @abstractmethod
@@ -52,9 +58,8 @@ class Chooser(ABC):
 
     @abstractmethod
     def __call__(self, readers: Sequence[Reader], stats: Stats, tie: Tensor | None = None) -> Tensor:
-        """s [in], float32, positive. ``tie`` [in] int64: columns with one number share one s (grouped heads).
-
-        ``shared`` brings a free choice to that.
+        """s [in], float32, positive; or an order. ``tie`` [in] int64: columns with one number share one s
+        (grouped heads). ``shared`` brings a free choice to that.
         """
 
 

@@ -35,12 +35,14 @@ class Smooth(Chooser):
 
     alpha: how much of the difficulty goes to the weights, in [0, 1]; Llama-like models do best at 0.8 to 0.9.
     beta: exponent of the weights, 1 - alpha if None. linear: also where x comes out of a linear layer
-    (v -> o, up -> down), which the paper leaves alone.
+    (v -> o, up -> down), which the paper leaves alone. norms: where it comes out of a norm; QServe leaves
+    that to a rotation.
     """
 
     alpha: float = 0.5
     beta: float | None = None
     linear: bool = False
+    norms: bool = True
 
     def __post_init__(self):
         for name, value in (("alpha", self.alpha), ("beta", self.beta)):
@@ -48,6 +50,8 @@ class Smooth(Chooser):
                 raise InputError(
                     f"smoothing exponent {name}={value} is outside [0, 1]; 0.5 is usual, 0.8 for Llamas"
                 )
+        if not (self.norms or self.linear):
+            raise InputError("smoothing neither behind norms nor behind linears is none; set norms or linear")
 
     @property
     def needs(self):
@@ -55,7 +59,7 @@ class Smooth(Chooser):
 
     @property
     def kinds(self):
-        return frozenset(Kind) if self.linear else frozenset({Kind.NORM})
+        return frozenset([Kind.NORM] * self.norms + [Kind.LINEAR] * self.linear)
 
     def __call__(self, readers, stats, tie=None):
         x = stats.abs_max.float().clamp(min=FLOOR)
