@@ -2,12 +2,12 @@
 
     python benchmarks/methods.py [--data FOLDER] [--device cuda] [--only SUBSTRING] [--model FOLDER_OR_GGUF]
 
-SmolLM2-135M, written as float32 first so that every device computes in float32. Calibration: 32 windows
-of 512 tokens of WikiText-2 validation, seed 0. Evaluation of the checkpoint as it was saved: WikiText-2 raw test,
-solid join, 12 windows of 512, against the float model. Table "planted" is the same function with outliers:
-in every norm of a block six channels get 20 to 100 times their gain, and the columns of the linears that
-read them are divided by the same. Seconds are of quantizing, peak memory is what torch had allocated on a
-GPU, or the process's largest size on a CPU.
+SmolLM2-135M, written as float32 first so that every device computes in float32. Calibration: 32 windows of
+512 tokens of WikiText-2 validation, seed 0. Evaluation of the checkpoint as it was saved: WikiText-2 raw
+test, solid join, 12 windows of 512, against the float model. Table "planted" is the same function with
+outliers: in every norm of a block six channels get 20 to 100 times their gain, and the columns of the linears
+that read them are divided by the same. Seconds are of quantizing, peak memory is what torch had allocated on
+a GPU, or the process's largest size so far on a CPU.
 
 Rows are written to benchmarks/results/methods.json as they come, and are not run again.
 """
