@@ -122,10 +122,8 @@ def test_every_architecture_weighs_what_its_file_holds(arch, tmp_path):
 @pytest.mark.slow
 def test_the_real_model_weighs_what_was_estimated(tmp_path):
     model = anatomy(open_config("smollm2"))
-    for scheme, recipe in ((W4, rtn(group_size=64)), (INT8, int8()), (NF4, nf4())):
-        out = tmp_path / recipe.name
-        fewbit.quantize("smollm2", recipe, output=out)
-        assert off(weights(model, scheme).nbytes, file_bytes(out)[0]) < 0.03
+    fewbit.quantize("smollm2", rtn(group_size=64), output=tmp_path / "w4")
+    assert off(weights(model, W4).nbytes, file_bytes(tmp_path / "w4")[0]) < 0.03
     fewbit.load("smollm2", dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
     assert off(weights(model, BY_NAME["bf16"]).nbytes, file_bytes(tmp_path / "bf16")[0]) < 0.001
 

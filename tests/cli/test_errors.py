@@ -265,12 +265,10 @@ def test_an_interrupt_says_how_to_go_on_and_the_same_command_does(fewbit, llama,
     assert "2 blocks were taken over" in ran.out
 
 
-@pytest.mark.parametrize("lines", [0, 1])
-def test_a_reader_that_leaves_is_no_error(lines):
+def test_a_reader_that_leaves_is_no_error():
     command = [sys.executable, "-m", "fewbit.cli.main", "formats", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as ran:
-        for _ in range(lines):
-            ran.stdout.readline()
+        ran.stdout.readline()
         ran.stdout.close()
         assert ran.stderr.read() == ""
     assert ran.returncode == 0

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from quantized import FORMATS, int_format
+from quantized import FORMATS as COMMON
+from quantized import int_format
 
 from fewbit.errors import InputError
 from fewbit.format import DOUBLE_QUANT, FP16, Channel, Format, Group, QTensor
@@ -15,6 +16,8 @@ from fewbit.io import native
 from fewbit.io.native import Entry
 
 SHAPES = ((64, 96), (32, 1152))
+THREES = tuple(Format(grid=g, block=Group(48), scale=FP16) for g in GRIDS if g.width == 3)
+FORMATS = (*COMMON[:-1], *THREES, COMMON[-1])
 
 
 def weight(shape, seed: int = 0) -> torch.Tensor:
