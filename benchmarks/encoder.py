@@ -29,6 +29,7 @@ from fewbit.recipe.encoder import (
     peg,
     places,
     quantize_encoder,
+    table,
     w8a8,
     weight,
 )
@@ -56,11 +57,15 @@ def recipes() -> dict[str, EncoderRecipe]:
         low = weight(4, per_row=per_row)
         rows[f"W4A32 {'per row' if per_row else 'per tensor'}"] = replace(w8a8(), weight=low, rules=())
     for bits in (4, 3, 2):
-        for per_row in (False, True):
-            how = f"token table of {bits} bits per {'row' if per_row else 'tensor'}, all else float"
-            rows[how] = EncoderRecipe(name="table", embedding=weight(bits, per_row=per_row))
-    rows["W8A8, PEG K = 6, permuted, token table of 2 bits per row"] = replace(
-        best, embedding=weight(2, per_row=True)
+        for how, own in (
+            ("per tensor", weight(bits)),
+            ("per row", weight(bits, per_row=True)),
+            ("per row, affine", table(bits)),
+        ):
+            key = f"token table of {bits} bits {how}, all else float"
+            rows[key] = EncoderRecipe(name="table", embedding=own)
+    rows["W8A8, PEG K = 6, permuted, token table of 2 bits per row, affine"] = replace(
+        best, embedding=table(2)
     )
     return rows
 
@@ -122,11 +127,11 @@ def main():
         done[name] = {"spearman": got.spearman, "pearson": got.pearson, "change": change}
         print(name, done[name], flush=True)
         kept.write_text(json.dumps(done, indent=1))
-        write([*lines, *table(done, own.error)])
-    write([*lines, *table(done, own.error)])
+        write([*lines, *rows_of(done, own.error)])
+    write([*lines, *rows_of(done, own.error)])
 
 
-def table(done: dict, error: float) -> list[str]:
+def rows_of(done: dict, error: float) -> list[str]:
     lines = ["| configuration | Spearman | Pearson | change of the embeddings, % |", "|---|--:|--:|--:|"]
     for name in ("float", *recipes()):
         if name in done:

@@ -22,6 +22,7 @@ from fewbit.recipe.encoder import (
     peg,
     places,
     quantize_encoder,
+    table,
     w8a8,
     weight,
 )
@@ -195,8 +196,8 @@ def test_weights_and_the_token_table_get_few_values_and_removal_restores_activat
     )
     placed = quantize_encoder(encoder, recipe, batches(tokenizer, SENTENCES))
     assert len(encoder.encoder.layer[0].attention.self.query.weight.unique()) <= 16
-    table = encoder.get_input_embeddings().weight
-    assert max(len(row.unique()) for row in table) <= 4
+    rows = encoder.get_input_embeddings().weight
+    assert max(len(row.unique()) for row in rows) <= 4
     assert isinstance(recipe.embedding.block, Channel)
     rounded = embed(encoder, tokenizer, SENTENCES)
     placed.remove()
@@ -207,14 +208,15 @@ def test_weights_and_the_token_table_get_few_values_and_removal_restores_activat
 
 
 def test_more_bits_and_a_step_per_row_lose_less_of_the_token_table(encoder):
-    table = encoder.get_input_embeddings().weight.detach() * torch.logspace(-1, 0, 288)[:, None]
+    tokens = encoder.get_input_embeddings().weight.detach() * torch.logspace(-1, 0, 288)[:, None]
 
     def loss(fmt):
-        return (fmt.quantize(table).dequantize() - table).square().sum().item()
+        return (fmt.quantize(tokens).dequantize() - tokens).square().sum().item()
 
     per_tensor, per_row = ([loss(weight(b, per_row=row)) for b in (2, 3, 4)] for row in (False, True))
     assert per_tensor[0] > per_tensor[1] > per_tensor[2]
     assert all(row < whole for row, whole in zip(per_row, per_tensor, strict=True))
+    assert all(loss(table(b)) < row for b, row in zip((2, 3, 4), per_row, strict=True))
 
 
 def test_impossible_recipes_are_refused():

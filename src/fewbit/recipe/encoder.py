@@ -137,11 +137,23 @@ def activation(
 
 
 def weight(bits: int = 8, *, per_row: bool = False) -> Format:
-    """A symmetric weight or table of ``bits`` under the range of least squared error, searched far enough
-    down for 2 bits.
+    """A symmetric weight of ``bits``, one step for the tensor or each row, range of least squared error."""
+    return Format(
+        grid=Int(bits), block=Channel() if per_row else PerTensor(), range=_searched(bits), scale=FP32
+    )
+
+
+def table(bits: int = 2) -> Format:
+    """An embedding table of ``bits``: every row affine, with a step and an offset, range of least squared
+    error. At 2 and 3 bits symmetric rows change sentence embeddings twice as much.
     """
-    searched = MSE(weighted=False, shrink=0.4 if bits > 4 else 0.05, steps=12 if bits > 4 else 40)
-    return Format(grid=Int(bits), block=Channel() if per_row else PerTensor(), range=searched, scale=FP32)
+    grid = Int(bits, signed=False)
+    return Format(grid=grid, block=Channel(), range=_searched(bits), zero=Zero.OFFSET, scale=FP32)
+
+
+def _searched(bits: int) -> MSE:
+    """The search reaches far enough down for 2 bits."""
+    return MSE(weighted=False, shrink=0.4 if bits > 4 else 0.05, steps=12 if bits > 4 else 40)
 
 
 def w8a8(*, range: Range = MinMax(), momentum: float | None = None) -> EncoderRecipe:
