@@ -271,7 +271,7 @@ class Loop:
             return
         calls = [(flow.stop.args, flow.stop.kwargs) for flow in flows]
         for tuner in tuners:
-            start, own = time.perf_counter(), {m: x for m, x in layers.items() if x.rule.solver is tuner}
+            start, own = time.perf_counter(), {m: x for m, x in layers.items() if x.rule.solver == tuner}
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", SolverWarning)
                 tuned = tune_layers(block, name, own, tuner, calls, self.float_outputs)
