@@ -78,17 +78,23 @@ def recursion(y: Tensor, c: Tensor, start: Tensor, steps: int) -> tuple[Tensor, 
     total, nonzero = _tail(y, torch.zeros_like(c))
     s = (start * total / nonzero.clamp(min=1)).clamp(max=0.9)
     full = (nonzero > 0).double()
-    move = torch.zeros_like(s)
+    move, rows = torch.zeros_like(s), torch.arange(len(s), device=s.device)
+    found, curvature = torch.empty_like(s), torch.empty_like(s)
     for step in range(1, steps + 1):  # noqa: B007 (returned)
         excess, beyond = _tail(y, s)
-        curvature = c * (nonzero - beyond) + beyond
-        last, move = move, torch.where(beyond > 0, (excess + s * beyond) / curvature, full) - s
+        bend = c * (nonzero - beyond) + beyond
+        last, move = move, torch.where(beyond > 0, (excess + s * beyond) / bend, full) - s
         # In a small block s can jump to and fro over one element: half a step back ends that.
         move = torch.where(move * last < 0, move / 2, move)
         s = s + move
-        if (move.abs() <= 1e-3 * s).all():
+        found[rows], curvature[rows] = s, bend
+        moving = move.abs() > 1e-3 * s
+        share = moving.double().mean()
+        if not share:
             break
-    return s, curvature, step
+        if share < 0.5:  # go on with the blocks that have not settled
+            y, c, nonzero, full, s, move, rows = (v[moving] for v in (y, c, nonzero, full, s, move, rows))
+    return found, curvature, step
 
 
 def _tail(y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
