@@ -162,7 +162,7 @@ def test_layouts_are_permutations_that_are_their_own_inverse():
 
 @torch.no_grad()
 def test_keys_in_four_bits_a_token_gain_much_where_a_channel_is_wide():
-    """QServe, figure 7: int4 keys with and without the smoothing, error of the products with queries."""
+    """Error of the products with queries, keys in int4 with and without the smoothing."""
     g = torch.Generator().manual_seed(0)
     k, q = torch.randn(256, 64, generator=g), torch.randn(256, 64, generator=g)
     k[:, [5, 37]] *= 12

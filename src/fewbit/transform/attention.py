@@ -1,6 +1,6 @@
 """SmoothAttention: keys without wide channels, so that a step per token and head serves them.
 
-    (K diag(lambda)^-1) (Q diag(lambda))^T = K Q^T,      lambda_j = max|K_j|^alpha           QServe, eq. 8, 9
+    (K diag(lambda)^-1) (Q diag(lambda))^T = K Q^T,      lambda_j = max|K_j|^alpha
 
 Keys have a few channels that are large at every token; queries, which are not stored, take the factor. The
 rotary embedding mixes channels in pairs, so a pair shares its lambda, and query heads that share a key head
