@@ -25,8 +25,8 @@ class Stats:
     """Calibration statistics, float32; None where nothing asked for them.
 
     gram: H = X^T X / tokens [in, in]; mean_abs, low, high [in]: mean |x|, min x and max x of each column;
-    sample [rows, in]: evenly chosen tokens; batches [batches, 2]: least and largest value of each; tokens: how
-    many rows were seen.
+    sample [rows, in]: evenly chosen tokens; batches [batches, 2]: least and largest value of each; tokens:
+    how many rows were seen.
     """
 
     gram: Tensor | None = None
