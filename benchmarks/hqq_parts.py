@@ -44,8 +44,6 @@ ROWS = {  # recipe, settings beyond bits and group_size, projections whose 8 lar
     "default with an integer zero": (hqq, {"zero": "integer"}, ""),
     "rtn, integer zero, 8 columns of v kept": (rtn, INTEGER, "v"),
     "rtn, float zero, 8 columns of v kept": (rtn, FLOAT, "v"),
-    "rtn, integer zero, 8 columns of q, k, v kept": (rtn, INTEGER, "qkv"),
-    "rtn, float zero, 8 columns of q, k, v kept": (rtn, FLOAT, "qkv"),
 }
 
 
