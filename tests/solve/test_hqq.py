@@ -4,7 +4,9 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from tiny import save_tiny
 
+import fewbit
 from fewbit.errors import InputError
 from fewbit.format import FP16, FP32, Channel, Format, Group, MinMax, Zero, format_by_name
 from fewbit.grid import by_name
@@ -195,3 +197,18 @@ def test_every_setting_of_the_solver_is_one_of_the_recipe():
     assert hqq(columns=0.5, **other).rules[0].solver == Hqq(columns=0.5, **other)
     assert {f.name for f in fields(Hqq)} == {"columns", *other}
     assert hqq().rules[0].solver == Hqq()
+
+
+def test_a_layer_in_a_model_is_solved_as_if_it_were_alone(tmp_path):
+    """Layers that read one tensor may be solved as one stack; the energies of a column are a layer's own."""
+    save_tiny("llama", tmp_path / "model")
+    fewbit.quantize(tmp_path / "model", hqq(bits=3, group_size=32), output=tmp_path / "out")
+    original, got = (fewbit.load(tmp_path / name) for name in ("model", "out"))
+    rule = hqq(bits=3, group_size=32).rules[0]
+    for projection in ("q_proj", "k_proj", "v_proj"):
+        name = f"model.layers.0.self_attn.{projection}"
+        w = original.get_submodule(name).weight.detach().float()
+        with torch.no_grad():
+            stored = got.get_submodule(name)(torch.eye(w.shape[1])).t()
+        wanted = rule.solver(w, Stats(), rule.weight).dequantize()
+        torch.testing.assert_close(stored, wanted, rtol=1e-5, atol=1e-6)

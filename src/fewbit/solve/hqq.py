@@ -52,6 +52,7 @@ class Hqq(Solver):
     range rule that wants it, that is used in their place.
     """
 
+    couples_rows = True  # through the energies of the columns
     norm: float = 2.0
     beta: float = 10.0
     kappa: float = 1.01

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,7 +24,12 @@ class SolverWarning(UserWarning):
 
 @dataclass(frozen=True, kw_only=True)
 class Solver(ABC):
-    """Chooses codes for one weight matrix."""
+    """Chooses codes for one weight matrix.
+
+    ``couples_rows``: what a row becomes depends on the other rows, so layers must not be solved as one stack.
+    """
+
+    couples_rows: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -363,10 +363,11 @@ def _outside_flow(block: nn.Module, stop) -> object:
 
 
 def _stacks(group: list[PlannedLayer]) -> list[list[PlannedLayer]]:
-    """Layers with one input and equal rules, solved as one matrix where no block spans rows."""
+    """Layers with one input and equal rules, solved as one matrix where rows do not depend on each other."""
     stacks: dict[object, list[PlannedLayer]] = {}
     for layer in group:
-        apart = layer.rule.alternatives or not layer.format.rows_independent
+        coupled = layer.rule.solver.couples_rows or not layer.format.rows_independent
+        apart = layer.rule.alternatives or coupled
         key = layer.module if apart else layer.rule
         stacks.setdefault(key, []).append(layer)
     return list(stacks.values())
