@@ -207,6 +207,7 @@ def main():
             done[key] = one(folder, table, recipe, args.device, calibration, tokens, protocol, reference)
         except Exception:
             print(key, traceback.format_exc(), flush=True)
+            shutil.rmtree(folder / "out.partial", ignore_errors=True)
             continue
         print(key, json.dumps(done[key]), flush=True)
         args.results.write_text(json.dumps(done, indent=1))
