@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from int8_ladder import plant
 
 import fewbit
 from fewbit.evaluate import Protocol, windows
@@ -153,23 +154,6 @@ LATER = (
 )
 
 
-@torch.no_grad()
-def plant(model, channels: int = 6, low: float = 20.0, high: float = 100.0) -> None:
-    """Outliers in the inputs of q, k, v and of gate, up; logits stay."""
-    factor = torch.logspace(torch.tensor(low).log10(), torch.tensor(high).log10(), channels)
-    draw = torch.Generator().manual_seed(0)
-    for block in model.model.layers:
-        attention, ffn = block.self_attn, block.mlp
-        for norm, readers in (
-            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (block.post_attention_layernorm, (ffn.gate_proj, ffn.up_proj)),
-        ):
-            where = torch.randperm(len(norm.weight), generator=draw)[:channels]
-            norm.weight[where] *= factor.to(norm.weight)
-            for reader in readers:
-                reader.weight[:, where] /= factor.to(norm.weight)
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, default=ROOT.parent.parent / "shared" / "data")
@@ -246,7 +230,8 @@ def device_name(device: str) -> str:
 
 def markdown(done: dict) -> str:
     """The tables."""
-    lines = ["Printed by `python benchmarks/methods.py` (its first lines say what is measured)."]
+    lines = ["Printed by `python benchmarks/methods.py` (its first lines say what is measured). Seconds"]
+    lines += ["are of a shared machine: read them as an upper bound."]
     lines += [f"Float: perplexity {done['float']['perplexity']:.2f}. Device: {done['float']['device']}.", ""]
     for table in dict.fromkeys(key.split("/", 1)[0] for key in done if "/" in key):
         lines += [
