@@ -51,6 +51,7 @@ def _quantize_inputs(model, names, source: Source, mapping: dict[str, str], devi
                 entry.activation,
                 None if params is None else params.to(device),
                 entry.online,
+                None if (apart := source.read_apart(stored)) is None else apart.to(device),
             )
 
 
