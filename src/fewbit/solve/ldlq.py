@@ -35,6 +35,8 @@ from torch import Tensor
 from fewbit.errors import InputError
 from fewbit.format import Channel, Format, Group, QTensor
 from fewbit.format.format import Params
+from fewbit.solve.columns import round_columns, steps_of
+from fewbit.solve.refine import refine
 from fewbit.solve.solver import Need, Solver, SolverWarning
 
 
@@ -45,19 +47,25 @@ class Ldlq(Solver):
     damp: share of mean(diag H) added to the diagonal; act_order: columns with the largest diag(H) first;
     static_groups: steps are fitted once on the original weights (needed with act_order), else each group is
     refitted when its first column is reached, on weights that carry the errors made so far; lazy: columns
-    between two products with all past errors (speed only).
+    between two products with all past errors (speed only); passes: times that `refine` goes over all codes
+    afterwards (QuIP# makes 10).
     """
 
     damp: float = 0.01
     act_order: bool = True
     static_groups: bool = True
     lazy: int = 128
+    passes: int = 0
 
     def __post_init__(self):
         if not 0 <= self.damp <= 1:
             raise InputError(f"damp {self.damp} is outside [0, 1]; 0.01 is usual")
         if self.lazy < 1:
             raise InputError(f"lazy block of {self.lazy} columns is impossible; 128 is usual")
+        if self.passes < 0:
+            raise InputError(
+                f"{self.passes} passes of refinement are impossible; give 0 or more, 10 is usual"
+            )
         if self.act_order and not self.static_groups:
             raise InputError(
                 "act_order with static_groups=false would need a gather index (g_idx) that no engine reads "
@@ -107,15 +115,15 @@ def ldlq(w: Tensor, h: Tensor, fmt: Format, how: Ldlq) -> QTensor:
         stop = min(start + lazy, n)
         block = w_t[start:stop] + m[:start, start:stop].t() @ e_t[:start]
         if how.static_groups:
-            first, (s, z) = start, _rows(fmt, params, w.shape, order[start:stop])
+            first, (s, z) = start, steps_of(fmt, params, w.shape, order[start:stop])
         for i in range(start, stop, width):
             if not how.static_groups and i % group == 0:
                 own = fmt.fit(block[i - start : i - start + group].t(), h[i : i + group, i : i + group])
-                first, (s, z) = i, _rows(fmt, own, (w.shape[0], group), order[:group])
+                first, (s, z) = i, steps_of(fmt, own, (w.shape[0], group), order[:group])
                 scales.append(own.scale)
                 zeros.append(own.zero)
             here, mine = slice(i - start, i - start + width), slice(i - first, i - first + width)
-            code, value = _round(fmt, block[here], s[mine], None if z is None else z[mine])
+            code, value = round_columns(fmt, block[here], s[mine], None if z is None else z[mine])
             codes[i // width] = code
             error = torch.sub(w_t[i : i + width], value, out=e_t[i : i + width])
             rest = block[here.stop :]
@@ -126,9 +134,8 @@ def ldlq(w: Tensor, h: Tensor, fmt: Format, how: Ldlq) -> QTensor:
         params = Params(scale=torch.cat([_tensor(s) for s in scales], -1), zero=zero)
     back = torch.empty_like(codes)
     back[order[::width] // width] = codes
-    return QTensor(
-        codes=back.t().contiguous(), scale=params.scale, zero=params.zero, format=fmt, shape=w.shape
-    )
+    q = QTensor(codes=back.t().contiguous(), scale=params.scale, zero=params.zero, format=fmt, shape=w.shape)
+    return refine(w, h, q, how.passes) if how.passes else q
 
 
 def unit_factor(h: Tensor, damp: float, width: int = 1) -> Tensor:
@@ -179,21 +186,6 @@ def unit_factor(h: Tensor, damp: float, width: int = 1) -> Tensor:
     columns = r.unflatten(1, (n // width, width)).transpose(0, 1)  # [N, n, w]
     m = torch.linalg.solve_triangular(own, columns, upper=True, left=False)
     return m.transpose(0, 1).flatten(1).to(dtype)
-
-
-def _rows(fmt: Format, params: Params, shape: tuple[int, ...], columns: Tensor):
-    """Step and zero of some columns, transposed to [len(columns), out or 1]."""
-    s, z = fmt.columns(params, shape, columns)
-    return s.t().contiguous(), None if z is None else z.t().contiguous()
-
-
-def _round(fmt: Format, rows: Tensor, s: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``width`` transposed columns [width, out] -> codes [out] and their values [width, out]."""
-    if fmt.grid.width == 1:
-        code = fmt.code(rows, s, z)
-        return code, fmt.decode(code, s, z)
-    code = fmt.code(rows.t(), s.t(), None if z is None else z.t())
-    return code.squeeze(-1), fmt.decode(code, s.t(), None if z is None else z.t()).t()
 
 
 def _tensor(scale: Tensor | QTensor) -> Tensor:

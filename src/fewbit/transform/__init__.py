@@ -13,5 +13,6 @@ CHOOSERS = (Smooth, Awq, SmoothAttention, Permute)
 
 __all__ = [
     "CHOOSERS", "Awq", "Chooser", "Diagonal", "Hadamard", "Kind", "Kronecker", "Map", "Orthogonal",
-    "Permutation", "Permute", "Product", "Reader", "Smooth", "SmoothAttention", "gram", "hadamard_matrix", "shared",
+    "Permutation", "Permute", "Product", "Reader", "Smooth", "SmoothAttention", "gram",
+    "hadamard_matrix", "shared",
 ]  # fmt: skip
