@@ -15,6 +15,7 @@ from fewbit.recipe.gptq import gptq
 from fewbit.recipe.hqq import hqq
 from fewbit.recipe.mofq import mofq
 from fewbit.recipe.omniquant import omniquant
+from fewbit.recipe.peg import peg
 from fewbit.recipe.qoq import qoq
 from fewbit.recipe.quarot import quarot
 from fewbit.recipe.recipe import Alternative, Recipe, Rule, from_yaml
@@ -37,6 +38,7 @@ RECIPES: tuple[Callable[..., Recipe], ...] = (
     fp8_dynamic,
     quanto,
     mofq,
+    peg,
     quarot,
     qoq,
     spinquant,
@@ -87,6 +89,6 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
 
 __all__ = [
     "RECIPES", "Alternative", "Recipe", "Rule", "autoround", "awq", "fp8", "fp8_dynamic", "from_yaml",
-    "gptq", "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "omniquant", "qoq", "quanto", "quarot", "rtn",
-    "smoothquant", "spinquant", "w8a8",
+    "gptq", "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "omniquant", "peg", "qoq", "quanto", "quarot",
+    "rtn", "smoothquant", "spinquant", "w8a8",
 ]  # fmt: skip
