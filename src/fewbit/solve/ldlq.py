@@ -48,7 +48,7 @@ class Ldlq(Solver):
     static_groups: steps are fitted once on the original weights (needed with act_order), else each group is
     refitted when its first column is reached, on weights that carry the errors made so far; lazy: columns
     between two products with all past errors (speed only); passes: times that `refine` goes over all codes
-    afterwards (QuIP# makes 10).
+    afterwards, on the damped matrix as well (QuIP# makes 10).
     """
 
     damp: float = 0.01
@@ -135,7 +135,10 @@ def ldlq(w: Tensor, h: Tensor, fmt: Format, how: Ldlq) -> QTensor:
     back = torch.empty_like(codes)
     back[order[::width] // width] = codes
     q = QTensor(codes=back.t().contiguous(), scale=params.scale, zero=params.zero, format=fmt, shape=w.shape)
-    return refine(w, h, q, how.passes) if how.passes else q
+    if not how.passes:
+        return q
+    damping = how.damp * diagonal.mean() * torch.eye(n, dtype=h.dtype, device=h.device)
+    return refine(w, h + damping, q, how.passes)
 
 
 def unit_factor(h: Tensor, damp: float, width: int = 1) -> Tensor:
