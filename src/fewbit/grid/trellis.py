@@ -178,6 +178,7 @@ class Trellis(Grid):
                 f"shape {list(codes.shape)}"
             )
         points = self.points(codes.device, dtype)
+        points = points.squeeze(1)  # torch takes rows of one number four times as long as numbers
         return points.index_select(0, self.states(codes).flatten()).view(*codes.shape, SIDE)
 
     def _list(self) -> range:
