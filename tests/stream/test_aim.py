@@ -4,19 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import save_tiny
+from tiny import save_tiny, tiny_ids
 
 import fewbit
 from fewbit.errors import InputError
-from fewbit.format import FP32, Need, PerTensor, Token
+from fewbit.format import FP32, Need, Params, PerTensor, Token
 from fewbit.format.activation import Activation
 from fewbit.format.format import Format
 from fewbit.grid import by_name
 from fewbit.io.source import open_source
 from fewbit.recipe import Recipe, from_yaml, quarot, spinquant
 from fewbit.recipe.quarot import SOLVERS
+from fewbit.solve import Lwc
 from fewbit.stream.data import Calibration, sample_tokens
 from fewbit.stream.inputs import Inputs
+from fewbit.stream.progress import Progress
 from fewbit.stream.quantize import quantize
 
 SMALL = Calibration(samples=8, seqlen=64)
@@ -92,8 +94,66 @@ def test_without_rounded_inputs_aiming_is_gptq_to_the_bit(llama, tmp_path):
     assert codes["gptq"] == codes["aimed"]
 
 
-def test_inputs_of_four_bits_are_clipped_and_may_have_a_zero():
+def test_the_cross_products_of_centred_inputs_are_those_of_what_layers_read():
+    x = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0)) + 3
+    own = replace(INT4, centred=True)
+    seen = Inputs(BOTH | {Need.MEAN}, 2, [own])
+    for batch in x:
+        seen.add(batch)
+    got = seen.stats()
+    assert torch.equal(got.mean, x[0].mean(0).bfloat16())
+    r, x = own(x, Params(scale=None, zero=got.mean)).flatten(0, 1), x.flatten(0, 1)
+    torch.testing.assert_close(got.cross, (x - r).T @ r / 80, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("depth", ["linear", "block"])
+def test_means_are_stored_and_every_reader_takes_them_off(llama, tmp_path, depth):
+    import transformers
+
+    recipe, out = quarot(solver="rtn"), tmp_path / "out"
+    assert recipe.rules[0].input.centred
+    result = quantize(llama, recipe, output=out, calibration=SMALL, depth=depth)
+    assert result.difference < 1e-5
+    mine = fewbit.load(out)
+    ids = tiny_ids()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="float32")
+    with torch.no_grad():
+        before = mine(ids).logits
+        torch.testing.assert_close(theirs(ids).logits, before, rtol=1e-3, atol=1e-3)
+        layer = mine.model.layers[1].mlp.down_proj
+        assert layer.input_zero.dtype == torch.bfloat16
+        assert layer.input_zero.shape == (128,)
+        layer.input_zero += 1
+        assert not torch.allclose(mine(ids).logits, before, atol=1e-3)
+
+
+class Stops(Progress):
+    """A person who interrupts after the first block."""
+
+    def block(self, done, total, resumed):
+        if done == 1 and not resumed:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_keeps_its_means(llama, tmp_path):
+    quantize(llama, quarot(), output=tmp_path / "whole", calibration=SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(llama, quarot(), output=tmp_path / "out", calibration=SMALL, progress=Stops())
+    assert quantize(llama, quarot(), output=tmp_path / "out", calibration=SMALL).resumed_blocks == 1
+    both = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "out")]
+    assert both[0] == both[1]
+
+
+def test_centred_inputs_cannot_be_tuned_by_the_block():
+    with pytest.raises(InputError, match="tuned by the block"):
+        replace(quarot().rules[0], solver=Lwc())
+
+
+def test_inputs_of_four_bits_are_clipped_and_centred_and_may_have_a_zero():
     fmt = lambda **settings: quarot(**settings).rules[0].input.format  # noqa: E731
+    centred = lambda **settings: quarot(**settings).rules[0].input.centred  # noqa: E731
+    assert (centred(), centred(input_bits=8), centred(input_zero="none")) == (True, False, False)
+    assert centred(input_bits=8, input_zero="mean")
     assert (fmt().range.clip, fmt(input_bits=8).range.clip) == (0.75, 1.0)
     assert fmt(input_grid="e2m1").range.clip == 1.0
     assert fmt(input_clip=0.9).range.clip == 0.9
@@ -105,13 +165,14 @@ def test_inputs_of_four_bits_are_clipped_and_may_have_a_zero():
     for bad in ({"input_clip": 0.0}, {"input_clip": 1.5}):
         with pytest.raises(InputError, match="share of"):
             quarot(**bad)
-    with pytest.raises(InputError, match="choose one of none, integer"):
+    with pytest.raises(InputError, match="choose one of none, integer, mean"):
         quarot(input_zero="float")
     assert set(SOLVERS) == {"gptq", "rtn", "aimed"}
 
 
 def test_clipping_a_normal_token_at_three_quarters_of_its_range_loses_a_quarter_less():
     x = torch.randn(200, 576, generator=torch.Generator().manual_seed(0))
-    lost = {c: (quarot(input_clip=c).rules[0].input(x) - x).square().mean() for c in (0.5, 0.75, 1.0)}
+    read = lambda c: quarot(input_clip=c, input_zero="none").rules[0].input(x)  # noqa: E731
+    lost = {c: (read(c) - x).square().mean() for c in (0.5, 0.75, 1.0)}
     assert lost[0.75] < 0.75 * lost[1.0]
     assert lost[0.75] < 0.5 * lost[0.5]

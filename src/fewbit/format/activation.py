@@ -7,6 +7,9 @@
     outliers  columns in which any |x| of the call reaches the threshold skip the rounding (LLM.int8():
               Dettmers, Lewis, Belkada, Zettlemoyer 2022, https://arxiv.org/abs/2208.07339, section 3.2), and
               the steps are fitted without them
+    centred   x ~ c + Q(x - c), c [in] the mean of each column over calibration inputs, which is stored; W c
+              is a constant of the layer. Where means hold half of the energy, so they do of the error:
+              channel-wise shifting (Outlier Suppression+: Wei et al. 2023, https://arxiv.org/abs/2304.09145)
 
 Steps of static ranges: the format's range rule on a sample of calibration tokens that always contains the
 extremes of every column (min-max, percentile, MSE, ACIQ, OCTAV), or with ``momentum`` the moving average
@@ -40,6 +43,7 @@ class Activation:
     momentum: float | None = None
     outliers: float | None = None
     groups: int | None = None
+    centred: bool = False
 
     def __post_init__(self):
         own = self.format
@@ -66,14 +70,23 @@ class Activation:
                 f"and no momentum, got {own}"
             )
 
+        if self.centred and (self.static or self.outliers is not None):
+            raise InputError(f"centred inputs need dynamic steps and no outlier threshold, got {self}")
+
     def __call__(self, x: Tensor, params: Params | None = None, apart: Tensor | None = None) -> Tensor:
         """x [..., in] through the grid and back, in x's dtype.
 
-        params: stored steps of a static one; apart: columns [k] int64 that are left as they are.
+        params: stored steps of a static one, means of a centred one; apart: columns [k] int64 that stay as
+        they are.
         """
         if x.numel() == 0:
             return x
         rows = x.reshape(-1, x.shape[-1])
+        if self.centred:
+            if params is None:
+                raise InputError(f"{self} takes off the means of its columns, which calibration has to find")
+            c = params.zero.float()
+            return (c + replace(self, centred=False)(rows.float() - c, apart=apart)).to(x.dtype).view(x.shape)
         wide = None
         if self.outliers is not None:
             wide = rows.abs().amax(0) >= self.outliers
@@ -86,6 +99,11 @@ class Activation:
         q = self.format.quantize(rows) if params is None else self.format.encode(rows, params)
         out = q.dequantize(x.dtype)
         return (out if wide is None else torch.where(wide, kept, out)).view(x.shape)
+
+    @staticmethod
+    def center(rows: Tensor) -> Params:
+        """The means [in] of calibration inputs [tokens, in], as a centred input stores them: bfloat16."""
+        return Params(scale=None, zero=rows.float().mean(0).bfloat16())
 
     def fit(self, sample: Tensor, low: Tensor, high: Tensor) -> Params:
         """Static steps from a sample [tokens, in] and the extremes of every column [in] over all tokens."""
@@ -115,4 +133,4 @@ class Activation:
         when = "static" if self.static else "dynamic"
         kept = "" if self.outliers is None else f", columns from {self.outliers:g} on left out"
         groups = "" if self.groups is None else f", {self.groups} groups by range"
-        return f"{self.format}, {when}{groups}{kept}"
+        return f"{self.format}, {when}{groups}{kept}{', centred' if self.centred else ''}"

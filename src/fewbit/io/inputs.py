@@ -1,10 +1,11 @@
-"""Static steps of quantized inputs, as both checkpoint layouts store them beside a weight.
+"""Static steps and means of quantized inputs, as both checkpoint layouts store them beside a weight.
 
     X.input_scale        the step in its own dtype, one per tensor or per group of columns
     X.input_zero         a code of the grid or a float, where the format has one
                          (compressed-tensors writes only symmetric ones, under its own name input_scale)
 
-Dynamic inputs store nothing. A scale of no dimensions is written as [1].
+Dynamic inputs store nothing, unless they are centred: then input_zero is the mean [in] that they take off, in
+bfloat16. A scale of no dimensions is written as [1].
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def layout(activation: Activation | None, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name (without the module) -> shape and dtype of what is stored for an input of ``columns``."""
+    if activation is not None and activation.centred:
+        return {"input_zero": ((columns,), torch.bfloat16)}
     if activation is None or not activation.static:
         return {}
     fmt = activation.format
@@ -33,23 +36,23 @@ def layout(activation: Activation | None, columns: int) -> dict[str, tuple[tuple
 
 
 def to_dict(module: str, params: Params | None) -> dict[str, Tensor]:
-    """The tensors of a file for the static input of ``module``."""
+    """The tensors of a file for the static or centred input of ``module``."""
     if params is None:
         return {}
-    out = {f"{module}.input_scale": torch.atleast_1d(params.scale).contiguous()}
-    if params.zero is not None:
-        out[f"{module}.input_zero"] = torch.atleast_1d(params.zero).contiguous()
-    return out
+    both = {"input_scale": params.scale, "input_zero": params.zero}
+    return {f"{module}.{n}": torch.atleast_1d(v).contiguous() for n, v in both.items() if v is not None}
 
 
 def from_dict(
     module: str, tensors: Mapping[str, Tensor], activation: Activation | None, columns: int
 ) -> Params | None:
-    """Inverse of ``to_dict``; None for a dynamic input. ``columns`` is the width of the input."""
+    """Inverse of ``to_dict``; None for an input that stores nothing. ``columns``: the width of the input."""
     wanted = layout(activation, columns)
     if not wanted:
         return None
+    zero = tensors.get(f"{module}.input_zero")
+    if activation.centred:
+        return Params(scale=None, zero=zero)
     shape = activation.format.block.scale_shape((1, columns))
     scale = tensors[f"{module}.input_scale"].reshape(shape)
-    zero = tensors.get(f"{module}.input_zero")
     return Params(scale=scale, zero=None if zero is None else zero.reshape(shape))

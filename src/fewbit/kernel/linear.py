@@ -90,7 +90,7 @@ def _int8(x: Tensor, weight: QTensor, bias: Tensor | None, activation: Activatio
 
 
 def _int8_supports(device: str, fmt: Format, dtype: torch.dtype, activation: Activation | None) -> bool:
-    if activation is None or activation.outliers is not None:
+    if activation is None or activation.outliers is not None or activation.centred:
         return False
     per_row = isinstance(fmt.block, Channel | PerTensor)
     per_token = isinstance(activation.format.block, Channel | PerTensor)

@@ -84,8 +84,9 @@ class QLinear(nn.Module):
 
     @property
     def params(self) -> Params | None:
-        """Stored steps of a static input, or None."""
-        return None if self.input_scale is None else Params(scale=self.input_scale, zero=self.input_zero)
+        """Stored steps of a static input, or means of a centred one, or None."""
+        scale, zero = self.input_scale, self.input_zero
+        return None if scale is None and zero is None else Params(scale=scale, zero=zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in x's dtype."""

@@ -4,8 +4,9 @@ https://arxiv.org/abs/2404.00456.
 The residual stream, the values and the inputs of o and down are rotated by Hadamard maps, which spreads
 outliers over all channels; then weights are solved by GPTQ, and inputs rounded per token.
 
-Two things go beyond the paper: weights are aimed at the float output (``fewbit.solve.aim``), and inputs of
-four bits are clipped where a normal distribution loses least.
+Three things go beyond the paper: weights are aimed at the float output (``fewbit.solve.aim``); inputs of four
+bits lose the mean of each column before they are rounded, which W takes back as a constant of the layer, and
+are clipped where a normal distribution loses least.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fewbit.solve import Aimed, Ldlq, Rtn
 from fewbit.transform.rotation import Rotation
 
 SOLVERS = {"gptq": Ldlq(), "rtn": Rtn(), "aimed": Aimed(solver=Ldlq())}
-ZEROS = {"none": Zero.NONE, "integer": Zero.INTEGER}
+ZEROS = {"none": (Zero.NONE, False), "integer": (Zero.INTEGER, False), "mean": (Zero.NONE, True)}
 CLIP_OF_4_BITS = 0.75  # of the largest of 576 normal values: 2.4 standard deviations
 
 
@@ -31,7 +32,7 @@ def quarot(
     grid: str | None = None,
     input_grid: str | None = None,
     input_clip: float | None = None,
-    input_zero: str = "none",
+    input_zero: str | None = None,
     scale: str = "bf16",
     solver: str = "aimed",
     seed: int = 0,
@@ -39,10 +40,10 @@ def quarot(
 ) -> Recipe:
     """W4A4 in a rotated basis: weights per row by GPTQ, inputs per token; input_bits=16 leaves inputs alone.
 
-    input_clip: share of a token's range that its codes cover, 0.75 for 4 bits and else 1; input_zero=integer:
-    a zero per token. solver: aimed (GPTQ on weights that make the best of rounded inputs), gptq or rtn.
-    online=false: nothing runs beside the layers; inputs of down stay as they are, those of o are rotated head
-    by head.
+    input_clip: share of a token's range that its codes cover, 0.75 for 4 bits and else 1; input_zero: none,
+    integer (one per token) or mean (of each column over calibration text), mean for 4 bits and else none.
+    solver: aimed (GPTQ on weights that make the best of rounded inputs), gptq or rtn. online=false: nothing
+    runs beside the layers; inputs of down stay as they are, those of o are rotated head by head.
     """
     weight = Format(
         grid=by_name(grid or f"int{bits}"),
@@ -53,15 +54,16 @@ def quarot(
     )
     activation = None
     if input_bits < 16 or input_grid is not None:
-        activation = Activation(format=_input(input_bits, input_grid, input_clip, input_zero))
+        activation = _input(input_bits, input_grid, input_clip, input_zero)
     rule = Rule(weight=weight, input=activation, solver=choice("solver", solver, SOLVERS))
     return Recipe(name="quarot", rules=(rule,), rotation=Rotation(seed=seed, online=online))
 
 
-def _input(bits: int, grid: str | None, clip: float | None, zero: str) -> Format:
-    """One step per token, dynamic."""
-    kind = choice("input_zero", zero, ZEROS)
-    if clip is None:
-        clip = CLIP_OF_4_BITS if bits == 4 and grid is None else 1.0
+def _input(bits: int, grid: str | None, clip: float | None, zero: str | None) -> Activation:
+    """One step per token, dynamic; ``clip`` and ``zero`` None: what the number of bits suggests."""
+    four = bits == 4 and grid is None
+    clip = (CLIP_OF_4_BITS if four else 1.0) if clip is None else clip
+    kind, centred = choice("input_zero", zero or ("mean" if four else "none"), ZEROS)
     points = by_name(grid or f"{'int' if kind is Zero.NONE else 'uint'}{bits}")
-    return Format(grid=points, block=Token(), range=MinMax(clip=clip), zero=kind, scale=FP32)
+    fmt = Format(grid=points, block=Token(), range=MinMax(clip=clip), zero=kind, scale=FP32)
+    return Activation(format=fmt, centred=centred)

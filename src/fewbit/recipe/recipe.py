@@ -54,6 +54,11 @@ class Rule:
     def __post_init__(self):
         if self.split is not None:
             self._check_split()
+        if isinstance(self.solver, Tuner) and self.input is not None and self.input.centred:
+            raise InputError(
+                f"rule {self.match!r} centres inputs of layers that are tuned by the block, before their "
+                "means are known; use another solver, or inputs that are not centred"
+            )
         for one in self.alternatives:
             self.solver.check(one.weight)
         if self.weight is not None:
@@ -88,6 +93,8 @@ class Rule:
                 needs.add(Need.GRAM)
             if input is not None and (input.static or self.alternatives):
                 needs |= {Need.COLUMNS, Need.SAMPLE}
+            if input is not None and input.centred:
+                needs.add(Need.MEAN)
         return frozenset(needs)
 
     @property

@@ -20,7 +20,7 @@ def spinquant(
     grid: str | None = None,
     input_grid: str | None = None,
     input_clip: float | None = None,
-    input_zero: str = "none",
+    input_zero: str | None = None,
     scale: str = "bf16",
     solver: str = "aimed",
     seed: int = 0,

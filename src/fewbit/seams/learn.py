@@ -200,7 +200,7 @@ def _reading(stream: _Stream, activation: Activation) -> Callable[[Tensor], Tens
             r = stream.r
             with torch.no_grad():
                 turned = x.float() @ r
-                error = activation(turned) - turned
+                error = _rounded(activation, turned) - turned
             after = x + (error @ r.mT).to(x.dtype)
             stream.seen[activation] = (x, after)
         return after
@@ -218,12 +218,17 @@ def _rounding(activation: Activation, maps: Sequence[Map]) -> Callable[[Tensor],
         turned = x.float()
         for t in maps:
             turned = t.apply(turned.unflatten(-1, (-1, t.size))).flatten(-2)
-        off = activation(turned) - turned
+        off = _rounded(activation, turned) - turned
         for t in reversed(maps):
             off = t.invert(off.unflatten(-1, (-1, t.size))).flatten(-2)
         return off
 
     return lambda x: x + error(x).to(x.dtype)
+
+
+def _rounded(activation: Activation, x: Tensor) -> Tensor:
+    """Q(x); a centred input takes off the mean of this window, as there is no calibration yet."""
+    return activation(x, activation.center(x.flatten(0, -2))) if activation.centred else activation(x)
 
 
 def _order(windows: int, rotation: Rotation) -> Tensor:

@@ -1,4 +1,4 @@
-"""Errors of a layer, static steps of its input, the choice among formats (MoFQ), and tuning in a block.
+"""Errors of a layer, static steps of its input, and the choice among formats (MoFQ).
 
 MoFQ gives each layer the integer or the float format of one bit width, whichever has the lesser error, weight
 and input by the same kind: Zhang et al. 2023, https://arxiv.org/abs/2305.12356, section 4.
@@ -6,18 +6,15 @@ and input by the same kind: Zhang et al. 2023, https://arxiv.org/abs/2305.12356,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewbit.errors import InputError
 from fewbit.format import Format, Params, QTensor, Stats
 from fewbit.format.activation import Activation
 from fewbit.solve import Solver
-from fewbit.solve.calls import Call, Target
-from fewbit.solve.tune import Tuner
-from fewbit.stream.plan import PlannedLayer
 
 
 def choose(
@@ -52,13 +49,15 @@ def error(w: Tensor, value: Tensor, gram: Tensor | None) -> float:
 
 
 def static_params(activation: Activation | None, stats: Stats, layer: str) -> Params | None:
-    """Static steps of the input of ``layer``; None where there are none."""
-    if activation is None or not activation.static:
+    """Static steps, or means, of the input of ``layer``; None where there are none."""
+    if activation is not None and activation.centred and stats.mean is not None:
+        return Params(scale=None, zero=stats.mean.clone())  # a file shares no memory
+    if activation is None or not (activation.static or activation.centred):
         return None
     if stats.sample is None:
         raise InputError(
-            f"the calibration text never reached layer {layer}, so its input has no static range; use more "
-            "text or a dynamic range"
+            f"the calibration text never reached layer {layer}, so its input has no static range and no "
+            "mean; use more text, or a dynamic range that is not centred"
         )
     if activation.momentum is None:
         return activation.fit(stats.sample, stats.low, stats.high)
@@ -67,21 +66,3 @@ def static_params(activation: Activation | None, stats: Stats, layer: str) -> Pa
         low, high = activation.momentum * torch.stack([low, high]) + (1 - activation.momentum) * batch
     width = stats.low.shape
     return activation.fit_range(low.expand(width), high.expand(width))
-
-
-def tune_layers(
-    block: nn.Module,
-    name: str,
-    layers: Mapping[str, PlannedLayer],
-    tuner: Tuner,
-    calls: Sequence[Call],
-    outputs: Sequence[Tensor],
-) -> dict[str, QTensor]:
-    """Weights of ``layers`` (by module name) of block ``name``, learned from the float ``outputs``."""
-    prefix = f"{name}."
-    targets = {
-        m.removeprefix(prefix): Target(format=x.format, activation=x.activation, transposed=x.transposed)
-        for m, x in layers.items()
-    }
-    tuned = tuner.tune(block, targets, calls, outputs)
-    return {m: tuned[m.removeprefix(prefix)].q for m in layers}

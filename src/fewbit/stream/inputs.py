@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
-from fewbit.format import Need, Stats
+from fewbit.format import Need, Params, Stats
 from fewbit.format.activation import Activation
 from fewbit.kernel.gram import add_gram, full
 
@@ -28,6 +28,7 @@ class Inputs:
         self.needs, self.tokens = needs, 0
         self._activation = _one_way(activations) if Need.CROSS in needs else None
         self._cross: Tensor | None = None
+        self._mean: Params | None = None
         self._rows = max(1, SAMPLE_ROWS // max(1, batches))
         self._gram: Tensor | None = None
         self._columns: list[Tensor] | None = None  # sum |x|, low, high
@@ -38,9 +39,11 @@ class Inputs:
         """One batch of inputs."""
         x = x.detach().reshape(-1, x.shape[-1])
         self.tokens += len(x)
+        if Need.MEAN in self.needs and self._mean is None:  # the cross products of this batch need it already
+            self._mean = Activation.center(x)
         read = x
         if self._activation is not None:
-            read = self._activation(x)
+            read = self._activation(x, self._mean if self._activation.centred else None)
             if self._cross is None:
                 self._cross = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             self._cross.addmm_((x.float() - read.float()).T, read.float())
@@ -68,6 +71,7 @@ class Inputs:
         return Stats(
             gram=None if self._gram is None else full(self._gram).div_(self.tokens),
             cross=None if self._cross is None else self._cross / self.tokens,
+            mean=None if self._mean is None else self._mean.zero,
             mean_abs=None if total is None else total / self.tokens,
             low=low,
             high=high,
