@@ -12,9 +12,11 @@ from fewbit.errors import InputError
 from fewbit.format import FP32, AbsMax, Channel, Format, Token
 from fewbit.format.activation import Activation
 from fewbit.grid import by_name
+from fewbit.io.source import open_source
 from fewbit.recipe import Recipe, Rule, from_yaml, named, quarot, spinquant
-from fewbit.stream import rotate
+from fewbit.stream import learning, rotate
 from fewbit.stream.data import Calibration
+from fewbit.stream.plan import make_plan
 from fewbit.stream.progress import Progress
 from fewbit.stream.quantize import quantize
 from fewbit.transform.rotation import Rotation
@@ -119,8 +121,19 @@ def test_what_cannot_be_learned_is_refused_and_nothing_is_left(llama, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_the_plan_says_what_learning_takes_and_a_dry_run_refuses_what_a_run_would(llama):
+    source = open_source(llama)
+    plan = make_plan(source, SPIN, SMALL)[0]
+    assert any("192 tokens forward and back" in text for text in plan.caveats)
+    assert plan.calibration == SMALL
+    plain = make_plan(source, spinquant(steps=0, solver="rtn", input_zero="none"), SMALL)[0]
+    assert not any("learning" in text for text in plain.caveats)
+    with pytest.raises(InputError, match="quantizes none"):
+        make_plan(source, spinquant(input_bits=16), SMALL)
+
+
 def test_a_model_that_does_not_fit_in_memory_is_refused_before_work(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(rotate, "_available", lambda device: 100_000)
+    monkeypatch.setattr(learning, "available", lambda device: 100_000)
     with pytest.raises(InputError, match="whole model and one window"):
         quantize(llama, SPIN, output=tmp_path / "out", calibration=SMALL)
     assert not list(tmp_path.iterdir())

@@ -51,13 +51,13 @@ def memory(model, blocks, layers, calibration, device, depth, item) -> tuple[str
         return int(base + 1.4 * max(outer, working))  # 1.4: what allocators keep between uses, measured
 
     if depth == "auto":
-        depth = "linear" if peak("linear") < 0.8 * _available(device) else "block"
+        depth = "linear" if peak("linear") < 0.8 * available(device) else "block"
     if depth not in alive:
         raise InputError(f"depth {depth!r} is unknown; choose auto, linear or block")
-    if peak(depth) > _available(device):
+    if peak(depth) > available(device):
         raise InputError(
             f"this run needs about {peak(depth) / 1e9:.1f} GB and {device} has "
-            f"{_available(device) / 1e9:.1f} GB; use "
+            f"{available(device) / 1e9:.1f} GB; use "
             "fewer --samples or a shorter --seqlen"
         )
     return depth, peak(depth)
@@ -72,7 +72,7 @@ def _resident() -> int:
         return 500_000_000
 
 
-def _available(device: str) -> int:
+def available(device: str) -> int:
     """Bytes that could be used on the device."""
     if device != "cpu":
         return torch.cuda.mem_get_info(torch.device(device))[0]

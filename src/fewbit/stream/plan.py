@@ -29,6 +29,7 @@ from fewbit.solve import Need
 from fewbit.stream.blocks import Blocks, find_blocks, is_transposed, linears, weight_of
 from fewbit.stream.data import Calibration
 from fewbit.stream.estimate import check_disk, memory, seconds
+from fewbit.stream.learning import learning, learns
 from fewbit.transform import Map
 
 
@@ -182,7 +183,7 @@ def make_plan(
     if any(x.rule.split is not None for x in layers):
         reason = reason or "columns kept in float have no place there"
     needs = _needs(layers, recipe)
-    used = calibration if needs else None
+    used = calibration if needs or learns(recipe) else None
     info = source.tensors()
     quantized = {f"{layer.name}.weight" for layer in layers}
     item = torch.empty((), dtype=source.dtype).element_size()
@@ -194,6 +195,11 @@ def make_plan(
         check_disk(output, size)
     item_run = 4 if device == "cpu" else source.dtype.itemsize  # the loop computes in float32 on a CPU
     chosen, peak = memory(model, blocks, layers, used, device, depth, item_run)
+    caveats = _caveats(layers, source, used, reason)
+    if learns(recipe):
+        dtype = torch.float32 if device == "cpu" else source.dtype
+        most, caveat = learning(recipe, layers, model, used, device, dtype)
+        peak, caveats = max(peak, most), (*caveats, caveat)
     plan = Plan(
         source=source,
         recipe=recipe,
@@ -203,7 +209,7 @@ def make_plan(
         unused=tuple(unused),
         checkpoint="native" if reason else "compressed-tensors",
         checkpoint_reason=reason,
-        caveats=_caveats(layers, source, used, reason),
+        caveats=caveats,
         size_bytes=size,
         source_bytes=sum(info[n].nbytes for n in stored if n in info),
         depth=chosen,

@@ -25,7 +25,7 @@ from fewbit.stream.loop import Loop
 from fewbit.stream.memory import return_freed_arrays
 from fewbit.stream.plan import Plan, make_plan
 from fewbit.stream.progress import LayerRow, Progress
-from fewbit.stream.rotate import learned_map, plan_learning
+from fewbit.stream.rotate import learned_map
 from fewbit.stream.verify import verify
 from fewbit.stream.weights import Rounded
 
@@ -90,7 +90,6 @@ def quantize(
     plan, skeleton, blocks, mapping = make_plan(
         source, recipe, calibration, output=output, device=device, depth=depth
     )
-    plan = plan_learning(plan, skeleton, blocks, calibration)
     tokens = sample_tokens(plan.calibration, source.tokenizer()) if plan.calibration else None
     job = Job(output, _key(plan, tokens))
     if job.open():

@@ -10,7 +10,6 @@ block does the same, it is run on x, which is what the flows carry times Q^-1.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from safetensors.torch import load_file
@@ -26,9 +25,6 @@ from fewbit.seams.heads import find_values, fold_online, rotate_values_checked
 from fewbit.seams.learn import learn_rotation
 from fewbit.seams.residual import find_residual, rotate_checked
 from fewbit.seams.rotation import find_outside, rotate_outside, stream_map
-from fewbit.stream.blocks import Blocks
-from fewbit.stream.data import Calibration
-from fewbit.stream.estimate import _available
 from fewbit.stream.job import Job
 from fewbit.stream.plan import Plan
 from fewbit.stream.progress import Progress
@@ -38,44 +34,6 @@ from fewbit.transform import Hadamard, Map, Orthogonal
 from fewbit.transform.rotation import Rotation
 
 _LEARNED = "rotation.safetensors"
-
-
-def plan_learning(plan: Plan, model: nn.Module, blocks: Blocks, calibration: Calibration) -> Plan:
-    """The plan with what learning a rotation adds: calibration text, memory, a caveat on time.
-
-    Raises ``InputError`` where no input is quantized, or the model does not fit with what one window needs.
-    """
-    rotation = plan.recipe.rotation
-    if rotation is None or not rotation.steps:
-        return plan
-    if not any(layer.activation for layer in plan.layers):
-        raise InputError(
-            f"recipe {plan.recipe.name!r} learns a rotation from quantized inputs and quantizes none; give "
-            "input_bits, or steps=0 for a random Hadamard map"
-        )
-    calibration = plan.calibration or calibration
-    item = 4 if plan.device == "cpu" else plan.source.dtype.itemsize
-    own = sum(sum(layer.shape) for layer in plan.layers)  # what a backward pass keeps of one token
-    logits = 4 * 4 * model.get_input_embeddings().num_embeddings
-    peak = sum(p.numel() for p in model.parameters()) * item + calibration.seqlen * (2 * own * item + logits)
-    if peak > _available(plan.device):
-        raise InputError(
-            f"learning the rotation takes the whole model and one window's activations in memory, about "
-            f"{peak / 1e9:.1f} GB, and {plan.device} has {_available(plan.device) / 1e9:.1f} GB; use a "
-            "shorter --seqlen, or steps=0 for a random Hadamard map"
-        )
-    tokens = rotation.steps * rotation.batch * calibration.seqlen
-    passes = 3 * tokens / (calibration.samples * calibration.seqlen)
-    caveat = (
-        f"learning the rotation sends {tokens} tokens forward and back through the whole model, the work of "
-        f"{passes:.0f} passes over the calibration text, which the time above does not count"
-    )
-    return replace(
-        plan,
-        calibration=calibration,
-        peak_bytes=max(plan.peak_bytes, peak),
-        caveats=(*plan.caveats, caveat),
-    )
 
 
 def learned_map(plan: Plan, tokens: Tensor | None, job: Job, progress: Progress) -> Map | None:
