@@ -14,6 +14,8 @@ processes of one thread: user + system CPU seconds and peak resident set as the 
 does nothing else. fewbit's side contains reading the checkpoint back and comparing its logits with those of
 the run; no peer checks its file.
 
+LLM.int8() is measured without calibration, which bitsandbytes does not have.
+
 Quality is of both results under one evaluation: WikiText-2 raw test, solid join, 12 windows of 512, KL
 against the float model. A peer's own forward computes its logits, as some quantize inputs too. AWQ: 8 x 512
 tokens of WikiText-2 validation, the same for both, and one pair (`--pairs` is for the others).
@@ -85,7 +87,7 @@ ROWS = (
     Row(name="NF4 g64, double quantization", package="bitsandbytes", script="bitsandbytes_nf4.py",
         bits="4.13", recipe=named("nf4", {})),
     Row(name="LLM.int8()", package="bitsandbytes", script="bitsandbytes_int8.py", bits="8.05",
-        recipe=named("llm-int8", {})),
+        recipe=named("llm-int8", {"calibrate": "false"})),
     Row(name="Quanto qint4, g96 and g128", package="optimum.quanto", script="quanto.py", bits="4.63",
         recipe=quanto_groups()),
     Row(name="FP8 dynamic", package="llmcompressor", script="llmcompressor_preset.py", scheme="FP8_DYNAMIC",
@@ -174,8 +176,10 @@ def times(row: Row, peer: str, work: Path, args: argparse.Namespace) -> None:
     theirs = [str(ROOT / "peers" / row.script), *job(work, row), *([row.scheme] if row.scheme else [])]
     commands = {"ours": [sys.executable, MODULES, "run", lists["ours"], *ours]}
     commands["theirs"] = [peer, MODULES, "run", lists["theirs"], *theirs]
-    for _ in range(len(kept(row).get("theirs", [])), 1 if row.once else args.pairs):
+    for pair in range(1 if row.once else args.pairs):
         for name, command in commands.items():
+            if len(kept(row).get(name, [])) > pair:
+                continue
             shutil.rmtree(folder(work, row, name), ignore_errors=True)
             got = measured(command, 1)
             keep(row, **{name: [*kept(row).get(name, []), got]})
@@ -194,7 +198,7 @@ def quality(row: Row, peer: str, work: Path) -> None:
         model = fewbit.load(folder(work, row, "ours"), dtype=torch.float32)
         score(row, "ours", model, test, protocol, work)
     if "theirs kl" not in kept(row):
-        logits, script = work / "peer.npy", "saved.py" if row.once else row.script
+        logits, script = work / f"{slug(row)}.npy", "saved.py" if row.once else row.script
         command = [peer, str(ROOT / "peers" / script), *job(work, row), str(work / "test.json"), str(logits)]
         measured([*command, *([row.scheme] if row.scheme and not row.once else [])], 1)
         score(row, "theirs", replay(logits), test, protocol, work)
