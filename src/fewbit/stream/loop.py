@@ -302,14 +302,11 @@ class Loop:
             transform_input(module, change)
 
     def _solve(self, group: list[PlannedLayer], stats: Stats, out, rows, notes: tuple[str, ...] = ()) -> None:
-        """Quantize the layers of one group in place; layers with equal rules and independent rows are
-        stacked.
-        """
-        for layers in _stacks(group):
+        """Quantize the layers of one group in place, those with equal rules together."""
+        for layers in _together(group):
             start = time.perf_counter()
-            modules = (self.model.get_submodule(layer.module) for layer in layers)
+            modules = [self.model.get_submodule(layer.module) for layer in layers]
             parts = [weight_of(m).detach().float() for m in modules]
-            w = torch.cat(parts) if len(parts) > 1 else parts[0]
             rule = layers[0].rule
             solver = rule.solver
             if stats.gram is None and solver.needs:
@@ -318,16 +315,13 @@ class Loop:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", SolverWarning)
                 if rule.alternatives:
-                    choice, q = choose(w, stats, solver, rule.choices)
-                    layers = [layers[0].chosen(choice)]
+                    choice, q = choose(parts[0], stats, solver, rule.choices)
+                    layers, solved = [layers[0].chosen(choice)], [q]
                 else:
-                    q = solver(w, stats, rule.weight)
+                    solved = solver.together(parts, stats, rule.weight)
             said = notes + tuple(str(c.message) for c in caught if issubclass(c.category, SolverWarning))
-            begin = 0
             seconds = (time.perf_counter() - start) / len(layers)
-            for layer, part in zip(layers, parts, strict=True):
-                own = q if len(layers) == 1 else q.rows(begin, begin + len(part))
-                begin += len(part)
+            for layer, part, own in zip(layers, parts, solved, strict=True):
                 self._keep(layer, part, own, stats, out, rows, solver, seconds, said, choice)
 
     def _keep(
@@ -362,12 +356,9 @@ def _outside_flow(block: nn.Module, stop) -> object:
     return block(*stop.args, **stop.kwargs)
 
 
-def _stacks(group: list[PlannedLayer]) -> list[list[PlannedLayer]]:
-    """Layers with one input and equal rules, solved as one matrix where rows do not depend on each other."""
-    stacks: dict[object, list[PlannedLayer]] = {}
+def _together(group: list[PlannedLayer]) -> list[list[PlannedLayer]]:
+    """Layers with one input and equal rules; each alone where it has a choice of its own."""
+    alike: dict[object, list[PlannedLayer]] = {}
     for layer in group:
-        coupled = layer.rule.solver.couples_rows or not layer.format.rows_independent
-        apart = layer.rule.alternatives or coupled
-        key = layer.module if apart else layer.rule
-        stacks.setdefault(key, []).append(layer)
-    return list(stacks.values())
+        alike.setdefault(layer.module if layer.rule.alternatives else layer.rule, []).append(layer)
+    return list(alike.values())
