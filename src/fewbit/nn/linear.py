@@ -3,7 +3,8 @@
     y = x W^T + b        W [out, in] decoded from codes, scale and zero; computed in x's dtype
 
 With a quantized input, x is what its codes mean (``fewbit.format.Activation``); with an online map, x T comes
-first (a Hadamard transform that could not be folded into the layer before, say).
+first (a Hadamard transform that could not be folded into the layer before, say); with a map of the output, y
+T^-1 comes before the bias.
 
 The buffers hold the canonical, unpacked QTensor: ``codes``, ``scale``, ``zero``; where the scale is itself a
 QTensor, ``scale_codes``, ``scale_scale`` and so on to any depth. Files hold the same names packed
@@ -28,17 +29,20 @@ from fewbit.kernel.linear import linear
 
 
 class Online(Protocol):
-    """A map of the input that runs at every call: ``fewbit.transform.Map``."""
+    """A map that runs at every call: ``fewbit.transform.Map``."""
 
     def apply(self, x: Tensor, axis: int = -1) -> Tensor:
         """x T."""
+
+    def invert(self, x: Tensor, axis: int = -1) -> Tensor:
+        """x T^-1."""
 
 
 class QLinear(nn.Module):
     """``in_features`` -> ``out_features`` with a quantized weight [out, in] and an optional bias [out].
 
     activation: how the input is quantized, or None; params: its steps when they are static; online: the map
-    of the input that comes before, or None.
+    of the input that comes before, or None; output: the map of the output whose inverse comes after, or None.
     """
 
     def __init__(
@@ -49,10 +53,11 @@ class QLinear(nn.Module):
         activation: Activation | None = None,
         params: Params | None = None,
         online: Online | None = None,
+        output: Online | None = None,
     ):
         """The tensors are taken as they are, not copied; a bias that is a Parameter stays that Parameter."""
         super().__init__()
-        self.activation, self.online = activation, online
+        self.activation, self.online, self.output = activation, online, output
         self.register_buffer("input_scale", None if params is None else params.scale)
         self.register_buffer("input_zero", None if params is None else params.zero)
         self.format, self.shape = qweight.format, torch.Size(qweight.shape)
@@ -77,7 +82,10 @@ class QLinear(nn.Module):
         """x [..., in] -> [..., out], in x's dtype."""
         if self.online is not None:
             x = self.online.apply(x)
-        return linear(x, self.qweight, self.bias, self.activation, self.params)
+        if self.output is None:
+            return linear(x, self.qweight, self.bias, self.activation, self.params)
+        y = self.output.invert(linear(x, self.qweight, None, self.activation, self.params))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
@@ -85,6 +93,7 @@ class QLinear(nn.Module):
         parts = [size, f"bias={bias}", self.format]
         parts += [] if self.activation is None else [f"input {self.activation}"]
         parts += [] if self.online is None else [f"after {self.online}"]
+        parts += [] if self.output is None else [f"before the inverse of {self.output}"]
         return ", ".join(str(part) for part in parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
@@ -102,13 +111,22 @@ class QLinear(nn.Module):
 
 
 def see_quantized(
-    module: nn.Module, activation: Activation | None, params: Params | None, online: Online | None
+    module: nn.Module,
+    activation: Activation | None,
+    params: Params | None,
+    online: Online | None,
+    output: Online | None = None,
 ) -> None:
     """Make a plain linear with rounded weights compute what ``QLinear`` will, before there is one."""
     if online is not None:
         transform_input(module, online.apply)
     if activation is not None:
         transform_input(module, lambda x: activation(x, params))
+    if output is not None:
+        bias = getattr(module, "bias", None)
+        less = (lambda y: y) if bias is None else (lambda y: y - bias)
+        more = (lambda y: y) if bias is None else (lambda y: y + bias)
+        module.register_forward_hook(lambda m, args, y: more(output.invert(less(y))))
 
 
 def transform_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:

@@ -12,6 +12,7 @@ from fewbit.errors import InputError
 from fewbit.recipe.autoround import autoround
 from fewbit.recipe.awq import awq
 from fewbit.recipe.gptq import gptq
+from fewbit.recipe.higgs import higgs
 from fewbit.recipe.hqq import hqq
 from fewbit.recipe.mofq import mofq
 from fewbit.recipe.omniquant import omniquant
@@ -42,6 +43,7 @@ RECIPES: tuple[Callable[..., Recipe], ...] = (
     spinquant,
     omniquant,
     autoround,
+    higgs,
 )
 
 
@@ -87,6 +89,6 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
 
 __all__ = [
     "RECIPES", "Alternative", "Recipe", "Rule", "autoround", "awq", "fp8", "fp8_dynamic", "from_yaml",
-    "gptq", "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "omniquant", "qoq", "quanto", "quarot", "rtn",
-    "smoothquant", "spinquant", "w8a8",
+    "gptq", "higgs", "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "omniquant", "qoq", "quanto",
+    "quarot", "rtn", "smoothquant", "spinquant", "w8a8",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from fewbit.format.codec import FORMAT_CLASSES, from_plain, to_plain
 from fewbit.solve import SOLVERS, Need, Rtn, Solver
 from fewbit.transform import CHOOSERS
 from fewbit.transform.chooser import Chooser
+from fewbit.transform.incoherence import Incoherence
 from fewbit.transform.rotation import Rotation
 
 
@@ -38,7 +39,8 @@ class Rule:
 
     ``weight=None`` leaves them as they are; ``input=None`` leaves the input in the model's dtype. With
     ``alternatives`` each layer gets the formats with the least error of its output (of the weight alone where
-    nothing asks for calibration); on a tie the rule's own.
+    nothing asks for calibration); on a tie the rule's own. basis: random orthogonal maps on both sides of the
+    weight, in which it is quantized and kept.
     """
 
     match: str = "*"
@@ -46,10 +48,15 @@ class Rule:
     solver: Solver = Rtn()
     input: Activation | None = None
     alternatives: tuple[Alternative, ...] = ()
+    basis: Incoherence | None = None
 
     def __post_init__(self):
         for one in self.alternatives:
             self.solver.check(one.weight)
+        if self.basis is not None and self.input is not None and self.input.static:
+            raise InputError(
+                f"rule {self.match!r} has static steps for inputs in a basis of their own; use dynamic ones"
+            )
         if self.weight is not None:
             self.solver.check(self.weight)
         elif self.input is not None:
@@ -100,6 +107,11 @@ class Recipe:
             raise InputError(
                 f"recipe {self.name!r} has no rules; give at least one, such as Rule(match='*', weight=...)"
             )
+        if self.rotation is not None and self.rotation.online and any(rule.basis for rule in self.rules):
+            raise InputError(
+                f"recipe {self.name!r} maps the inputs of layers twice at every call; give the rotation "
+                "online=false, or the rules no basis"
+            )
 
     def rule_for(self, layer: str) -> Rule | None:
         """The first rule that matches the layer's full name, or None."""
@@ -118,7 +130,8 @@ def from_yaml(text: str, where: str = "recipe file") -> Recipe:
         raise InputError(f"{where} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise InputError(f"{where} holds no recipe; expected the YAML that fewbit writes beside a checkpoint")
-    recipe = from_plain(data, (Recipe, Rule, Alternative, Rotation, *SOLVERS, *CHOOSERS, *FORMAT_CLASSES))
+    own = (Recipe, Rule, Alternative, Incoherence, Rotation)
+    recipe = from_plain(data, (*own, *SOLVERS, *CHOOSERS, *FORMAT_CLASSES))
     if not isinstance(recipe, Recipe):
         raise InputError(f"{where} holds a {type(recipe).__name__}, expected a Recipe")
     return recipe

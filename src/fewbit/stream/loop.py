@@ -157,7 +157,7 @@ class Loop:
                 if layer.online is not None and not online:
                     transform_input(self.model.get_submodule(m), layer.online.apply)
                 q = codec(self.plan).from_dict(layer.name, tensors, layer.format, layer.shape)
-                set_weight(self.model.get_submodule(m), q.dequantize().to(device))
+                set_weight(self.model.get_submodule(m), in_flow(layer, q.dequantize().to(device)))
                 params = inputs.from_dict(layer.name, tensors, layer.activation, layer.shape[1])
                 self._see_quantized(layer, None if params is None else params.to(device))
             self.resumed += 1
@@ -294,7 +294,8 @@ class Loop:
         """From here on the layer reads its input quantized, in the flows that wait at it, too."""
         if layer.activation is None:
             return
-        module, change = self.model.get_submodule(layer.module), lambda x: layer.activation(x, params)
+        module, basis = self.model.get_submodule(layer.module), layer.rule.basis
+        change = lambda x: layer.activation(x if basis is None else layer.input_map.apply(x), params)  # noqa: E731
         waiting = [flow.stop for flow in self.flows if flow.stop is not None and flow.stop.module is module]
         for stop in waiting:  # hooks that are added now come too late for them
             stop.change = change
@@ -308,21 +309,25 @@ class Loop:
             modules = [self.model.get_submodule(layer.module) for layer in layers]
             parts = [weight_of(m).detach().float() for m in modules]
             rule = layers[0].rule
-            solver = rule.solver
+            solver, basis = rule.solver, rule.basis
+            own_stats = stats
+            if basis is not None:
+                parts = [basis.enter(part) for part in parts]
+                own_stats = stats.mapped(layers[0].input_map.apply)
             if stats.gram is None and solver.needs:
                 solver = Rtn()
             choice = 0
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", SolverWarning)
                 if rule.alternatives:
-                    choice, q = choose(parts[0], stats, solver, rule.choices)
+                    choice, q = choose(parts[0], own_stats, solver, rule.choices)
                     layers, solved = [layers[0].chosen(choice)], [q]
                 else:
-                    solved = solver.together(parts, stats, rule.weight)
+                    solved = solver.together(parts, own_stats, rule.weight)
             said = notes + tuple(str(c.message) for c in caught if issubclass(c.category, SolverWarning))
             seconds = (time.perf_counter() - start) / len(layers)
             for layer, part, own in zip(layers, parts, solved, strict=True):
-                self._keep(layer, part, own, stats, out, rows, solver, seconds, said, choice)
+                self._keep(layer, part, own, own_stats, out, rows, solver, seconds, said, choice)
 
     def _keep(
         self, layer, part, own, stats, out, rows, solver, seconds, notes: tuple[str, ...] = (), choice=0
@@ -341,7 +346,7 @@ class Loop:
         )
         if not math.isfinite(row.error):
             raise InputError(f"layer {layer.name} became NaN in quantization; check its weights and inputs")
-        set_weight(module, value)
+        set_weight(module, in_flow(layer, value))
         out[layer.module] = own.to("cpu")
         params = static_params(layer.activation, stats, layer.name)
         self._see_quantized(layer, params)
@@ -349,6 +354,14 @@ class Loop:
             self.params[layer.module] = params.to("cpu")
         rows.append(row)
         self.progress.layer(row, seconds)
+
+
+def in_flow(layer: PlannedLayer, value: Tensor) -> Tensor:
+    """The weight that a plain linear needs in the flows: out of the basis in which it was quantized, but for
+    inputs that are quantized there.
+    """
+    basis = layer.rule.basis
+    return value if basis is None else basis.leave(value, inputs=layer.activation is None)
 
 
 def _outside_flow(block: nn.Module, stop) -> object:

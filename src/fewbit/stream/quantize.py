@@ -190,7 +190,8 @@ def quantization_config(plan: Plan) -> dict:
                     shape=x.shape,
                     transposed=x.transposed,
                     activation=x.activation,
-                    online=x.online,
+                    online=x.input_map,
+                    output=x.output_map,
                 )
                 for x in plan.layers
             }
