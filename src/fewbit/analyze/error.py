@@ -157,8 +157,8 @@ def best_measured(grid: Grid, law: Distribution, n: int = 10**6) -> tuple[float,
     A vector grid, in which neighbouring values share a code, is given at most 2^18 vectors.
     """
     few = 1 << 13
-    if grid.width > 1:  # each vector is compared with every point
-        n, few = min(n, 1 << 18), min(few, (1 << 23) >> grid.bits)
+    if grid.width > 1:  # each vector is compared with every point, at most 2^12 of them
+        n, few = min(n, 1 << 18), min(few, (1 << 23) >> min(grid.bits, 12))
     x, weights = weighted_vectors(law, n, grid.width)
     some, some_weights = weighted_vectors(law, few, grid.width)
     if grid.width == 1:

@@ -2,7 +2,8 @@
 
     dynamic   steps of x [..., tokens, in] are fitted at every call (per token, or one for the call)
     static    steps were fitted on calibration inputs and are stored: per tensor, or per group of columns
-              ("per embedding group", Bondarenko et al. 2021, https://arxiv.org/abs/2109.12948)
+    groups    "per embedding group": columns sorted by their range max - min are cut into K equal groups with
+              one step each (Bondarenko, Nagel, Blankevoort 2021, https://arxiv.org/abs/2109.12948, section 4)
     outliers  columns in which any |x| of the call reaches the threshold skip the rounding (LLM.int8():
               Dettmers, Lewis, Belkada, Zettlemoyer 2022, https://arxiv.org/abs/2208.07339, section 3.2), and
               the steps are fitted without them
@@ -11,7 +12,8 @@ Steps of static ranges: the format's range rule on a sample of calibration token
 extremes of every column (min-max, percentile, MSE, ACIQ, OCTAV), or with ``momentum`` the moving average
 m * old + (1 - m) * new of the range of each batch (Quanto, 0.9).
 
-The road not taken: a second Format for the outlier columns. What is not rounded needs no format.
+A step per group is stored for every column of it: so x needs no gather, and no permutation is stored.
+Columns of which the calibration already knows can be kept apart in the weight, too: ``fewbit.format.split``.
 """
 
 from __future__ import annotations
@@ -24,17 +26,20 @@ from torch import Tensor
 from fewbit.errors import InputError
 from fewbit.format.block import Channel, Columns, Group, PerTensor, Token
 from fewbit.format.fit import MinMax
-from fewbit.format.format import Format, Params
+from fewbit.format.format import Format, Params, Zero
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
-    """The Format of a layer's input, when its steps are fitted, and which columns are left out."""
+    """The Format of a layer's input, when its steps are fitted, which columns share one, and which are left
+    out.
+    """
 
     format: Format
     static: bool = False
     momentum: float | None = None
     outliers: float | None = None
+    groups: int | None = None
 
     def __post_init__(self):
         own = self.format
@@ -54,15 +59,28 @@ class Activation:
             raise InputError(
                 f"an outlier threshold of {self.outliers} needs dynamic steps and must be positive"
             )
+        sortable = self.static and own.block == Columns(1) and self.momentum is None
+        if self.groups is not None and not (sortable and self.groups >= 1):
+            raise InputError(
+                f"{self.groups} groups of columns sorted by range need 1 or more, static steps of Columns(1) "
+                f"and no momentum, got {own}"
+            )
 
-    def __call__(self, x: Tensor, params: Params | None = None) -> Tensor:
-        """x [..., in] through the grid and back, in x's dtype; ``params``: stored steps of a static one."""
+    def __call__(self, x: Tensor, params: Params | None = None, apart: Tensor | None = None) -> Tensor:
+        """x [..., in] through the grid and back, in x's dtype.
+
+        params: stored steps of a static one; apart: columns [k] int64 that are left as they are.
+        """
         if x.numel() == 0:
             return x
         rows = x.reshape(-1, x.shape[-1])
         wide = None
         if self.outliers is not None:
             wide = rows.abs().amax(0) >= self.outliers
+        if apart is not None:
+            wide = rows.new_zeros(rows.shape[-1], dtype=torch.bool) if wide is None else wide
+            wide = wide.index_fill(0, apart, True)
+        if wide is not None:
             kept, rows = rows, rows.masked_fill(wide, 0)
         rows = rows.float()
         q = self.format.quantize(rows) if params is None else self.format.encode(rows, params)
@@ -71,7 +89,16 @@ class Activation:
 
     def fit(self, sample: Tensor, low: Tensor, high: Tensor) -> Params:
         """Static steps from a sample [tokens, in] and the extremes of every column [in] over all tokens."""
-        return self.format.fit(torch.cat([sample.float(), low[None].float(), high[None].float()]))
+        rows = torch.cat([sample.float(), low[None].float(), high[None].float()])
+        if self.groups is None:
+            return self.format.fit(rows)
+        one, parts = replace(self.format, block=PerTensor()), []
+        for group in (high - low).argsort(stable=True).tensor_split(self.groups):
+            parts += [(group, one.fit(rows[:, group]))] if len(group) else []
+        scale = torch.cat([p.scale.expand(len(g)) for g, p in parts])
+        zero = None if self.format.zero is Zero.NONE else torch.cat([p.zero.expand(len(g)) for g, p in parts])
+        back = torch.cat([g for g, _ in parts]).argsort()
+        return Params(scale=scale[back], zero=None if zero is None else zero[back])
 
     def fit_range(self, low: Tensor, high: Tensor) -> Params:
         """Static steps from a range alone (the moving average of batches): low and high [in]."""
@@ -84,4 +111,5 @@ class Activation:
     def __str__(self) -> str:
         when = "static" if self.static else "dynamic"
         kept = "" if self.outliers is None else f", columns from {self.outliers:g} on left out"
-        return f"{self.format}, {when}{kept}"
+        groups = "" if self.groups is None else f", {self.groups} groups by range"
+        return f"{self.format}, {when}{groups}{kept}"

@@ -18,10 +18,11 @@ from fewbit.format import RANGES
 from fewbit.format.activation import Activation
 from fewbit.format.block import BLOCKS
 from fewbit.format.format import Format
+from fewbit.format.split import Split
 from fewbit.grid import by_name
 from fewbit.grid.grid import Grid
 
-FORMAT_CLASSES = (Format, Activation, *BLOCKS, *RANGES)
+FORMAT_CLASSES = (Format, Activation, Split, *BLOCKS, *RANGES)
 
 
 def to_plain(value: object) -> object:

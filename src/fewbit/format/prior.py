@@ -176,13 +176,22 @@ class Gaussian(Range):
 
     Formats with a zero take the standard deviation, about the mean. Vector grids hold points for unit
     variance, so there the step is the rms itself. The interval may exceed the data: it is the prior's.
+
+    rho: the interval, and with it the step, is divided by it: above 1 finer steps, below 1 less clipping.
+    QuIP#'s lattice takes 1.03, .98 and 1.03 at 2, 3 and 4 bits, or 0.9 where errors are fed forward.
     """
+
+    rho: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.rho < math.inf:
+            raise InputError(f"rho {self.rho} cannot divide a step; give a positive number, such as 0.9")
 
     def __call__(self, x, fmt, importance):
         x = x if x.dtype == torch.float64 else x.float()
         centre = torch.zeros_like(x[..., 0]) if fmt.symmetric else x.mean(-1)
         z = x if fmt.symmetric else x - centre.unsqueeze(-1)
-        rms = torch.linalg.vector_norm(z, dim=-1, dtype=torch.float64) / math.sqrt(x.shape[-1])
+        rms = torch.linalg.vector_norm(z, dim=-1, dtype=torch.float64) / (math.sqrt(x.shape[-1]) * self.rho)
         if fmt.grid.width > 1:
             low, high = (-fmt.reach, fmt.reach) if fmt.symmetric else (fmt.grid.min, fmt.grid.max)
         else:

@@ -10,6 +10,7 @@ from fewbit.grid.fixed import FIXED, Fixed, parse_fixed
 from fewbit.grid.floating import FLOATS, Float, Specials
 from fewbit.grid.grid import Description, Grid, describe
 from fewbit.grid.integer import Int
+from fewbit.grid.lattice import E8P, RESIDUALS, Residual
 from fewbit.grid.points import GAUSSIAN, Points
 from fewbit.grid.table import TABLES, Table, dynamic_map, lloyd_max, normal_quantiles
 
@@ -19,7 +20,7 @@ INTEGERS: tuple[Int, ...] = (
     *(Int(bits, signed=False) for bits in range(1, 9)),
 )
 
-GRIDS: tuple[Grid, ...] = (*INTEGERS, *FIXED, *FLOATS, *TABLES, *GAUSSIAN)
+GRIDS: tuple[Grid, ...] = (*INTEGERS, *FIXED, *FLOATS, *TABLES, *GAUSSIAN, E8P(), *RESIDUALS)
 
 ALIASES: dict[str, str] = {
     "e4m3": "e4m3fn",
@@ -34,6 +35,7 @@ _BY_NAME = {grid.name: grid for grid in GRIDS}
 
 __all__ = [
     "ALIASES",
+    "E8P",
     "GRIDS",
     "Description",
     "Fixed",
@@ -41,6 +43,7 @@ __all__ = [
     "Grid",
     "Int",
     "Points",
+    "Residual",
     "Specials",
     "Table",
     "by_name",

@@ -97,17 +97,8 @@ class Points(Grid):
 
         Raises InputError for another last dimension, and for a generator: only a scalar has two neighbours.
         """
-        if generator is not None:
-            raise InputError(
-                f"{self.name} cannot round at random: a vector has no two neighbours to choose from; "
-                "round to the nearest point, or use a scalar grid"
-            )
-        if x.ndim == 0 or x.shape[-1] != self.width:
-            raise InputError(f"{self.name} rounds vectors [..., {self.width}], got shape {list(x.shape)}")
-        x = x.detach()
-        x = x if x.dtype == torch.float64 else x.float()
-        points = _values(self, x.device, x.dtype)
-        found = nearest(x.reshape(-1, self.width).clamp(-1e30, 1e30), points)  # Inf - Inf would be NaN
+        rows = rows_of(self, x, generator)
+        found = nearest(rows, _values(self, rows.device, rows.dtype))
         return found.view(x.shape[:-1]).to(self.code_dtype)
 
     def value(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -132,6 +123,19 @@ class Points(Grid):
             distinct=len(set(self.values)),
             specials=(),
         )
+
+
+def rows_of(grid: Grid, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """[N, p] float32 or float64, finite, of what a grid of vectors shall round; InputError if it cannot."""
+    if generator is not None:
+        raise InputError(
+            f"{grid.name} cannot round at random: a vector has no two neighbours to choose from; "
+            "round to the nearest point, or use a scalar grid"
+        )
+    if x.ndim == 0 or x.shape[-1] != grid.width:
+        raise InputError(f"{grid.name} rounds vectors [..., {grid.width}], got shape {list(x.shape)}")
+    x = x.detach() if x.dtype == torch.float64 else x.detach().float()
+    return x.reshape(-1, grid.width).clamp(-1e30, 1e30)  # Inf - Inf would be NaN
 
 
 def nearest(x: Tensor, points: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fewbit.errors import InputError, WriteError
 from fewbit.format.format import Format, Params
 from fewbit.format.qtensor import QTensor
+from fewbit.format.split import SplitTensor
 from fewbit.io import compressed_tensors, inputs, native
 from fewbit.io.native import Entry
 from fewbit.io.source import SafetensorsSource, TensorInfo
@@ -75,13 +76,20 @@ class Checkpoint(SafetensorsSource):
     def bits_per_weight(self) -> float:
         """Mean stored bits of the quantized weights: codes, scales and zeros over elements."""
         n = {module: math.prod(entry.shape) for module, entry in self.entries.items()}
-        bits = sum(n[m] * e.format.bits_per_weight(e.shape) for m, e in self.entries.items())
+        bits = sum(n[m] * e.bits_per_weight for m, e in self.entries.items())
         return bits / sum(n.values())
 
-    def read_qtensor(self, module: str) -> QTensor:
+    def read_qtensor(self, module: str) -> QTensor | SplitTensor:
         """The quantized weight [out, in] of ``module``, on the CPU. KeyError where there is none."""
-        entry = self.entries[module]
-        return self._codec.from_dict(module, super().read(self._parts[module]), entry.format, entry.shape)
+        stored = super().read(self._parts[module])
+        return self._codec.from_dict(module, stored, *self.entries[module].stored)
+
+    def read_apart(self, module: str) -> Tensor | None:
+        """Which columns of the weight of ``module`` are kept apart in float, [k] int64; None where none."""
+        if self.entries[module].apart is None:
+            return None
+        name = f"{module}.apart_columns"
+        return super().read([name])[name].long()
 
     def read_input(self, module: str) -> Params | None:
         """Static steps of the input of ``module``, on the CPU; None where it is dynamic or not quantized."""
@@ -148,7 +156,7 @@ class Checkpoint(SafetensorsSource):
         return out
 
     def _stored_names(self, module: str, entry: Entry) -> list[str]:
-        parts = self._codec.names(module, entry.format, entry.shape)
+        parts = self._codec.names(module, *entry.stored)
         parts += [f"{module}.{n}" for n in inputs.layout(entry.activation, entry.shape[1])]
         missing = [part for part in parts if part not in self._infos]
         if missing:

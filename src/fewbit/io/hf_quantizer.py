@@ -88,7 +88,8 @@ class _Packed(nn.Module):
 
     def _layout(self) -> dict:
         entry = self.entry
-        return native.layout(entry.format, entry.shape) | inputs.layout(entry.activation, entry.shape[1])
+        weight = native.layout(entry.format, entry.shape, apart=entry.apart)
+        return weight | inputs.layout(entry.activation, entry.shape[1])
 
     def open(self) -> QLinear:
         """The module that runs."""
@@ -96,7 +97,7 @@ class _Packed(nn.Module):
         # A loader that keeps parts of a model in float32 may have widened scales: exact, undone here.
         stored = {f".{name}": b.to(wanted[name][1]) for name, b in self._buffers.items()}
         return QLinear(
-            native.from_dict("", stored, entry.format, entry.shape),
+            native.from_dict("", stored, *entry.stored),
             self.bias,
             activation=entry.activation,
             params=inputs.from_dict("", stored, entry.activation, entry.shape[1]),

@@ -14,13 +14,16 @@ and config.json says once which Formats there are and which module has which:
 The shape is [out, in]; ``"transposed": true`` marks a module whose original weight is stored [in, out]
 (GPT-2's Conv1D); ``"activation"`` is how its input is quantized (a static one's steps:
 ``fewbit.io.inputs``), ``"online"`` a map of the input that comes before, ``"output"`` one whose inverse comes
-after. So a file holds exactly ``QTensor.bits_per_weight``, apart from rows that do not end on a byte.
+after. So a file holds exactly ``QTensor.bits_per_weight``, apart from rows that do not end on a byte. Where
+columns are kept in float (``fewbit.format.split``), their values are ``X.apart`` [out, k], their places
+``X.apart_columns`` int32 [k], and ``"apart"`` says how many.
 
 Road not taken: a file per engine's kernel layout. Kernels repack when they load; files stay canonical.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,10 +36,11 @@ from fewbit.format.bits import pack, row_bytes, unpack
 from fewbit.format.codec import FORMAT_CLASSES, from_plain, to_plain
 from fewbit.format.format import Format, Zero
 from fewbit.format.qtensor import QTensor
+from fewbit.format.split import Apart, SplitTensor
 from fewbit.grid.grid import Grid
 from fewbit.transform import Hadamard, Map
 
-CLASSES = (*FORMAT_CLASSES, Hadamard)  # what a configuration may name
+CLASSES = (*FORMAT_CLASSES, Apart, Hadamard)  # what a configuration may name
 QUANT_METHOD = "fewbit"
 VERSION = 1
 _NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -46,7 +50,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What the configuration says of a quantized module: Format, shape [out, in], layout, input."""
+    """What the configuration says of a quantized module: Format, shape [out, in], layout, input, columns
+    kept apart.
+    """
 
     format: Format
     shape: Shape
@@ -54,23 +60,41 @@ class Entry:
     activation: Activation | None = None
     online: Map | None = None
     output: Map | None = None
+    apart: Apart | None = None
+
+    @property
+    def stored(self) -> tuple:
+        """Format, shape and, where there are any, columns apart: what ``from_dict`` and ``names`` ask."""
+        return (self.format, self.shape) if self.apart is None else (self.format, self.shape, self.apart)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, columns kept apart counted."""
+        bits = 0 if self.apart is None else self.apart.bits(self.shape[0])
+        return self.format.bits_per_weight(self.shape) + bits / math.prod(self.shape)
 
 
 # -- tensors --
 
 
-def to_dict(module: str, q: QTensor) -> dict[str, Tensor]:
+def to_dict(module: str, q: QTensor | SplitTensor) -> dict[str, Tensor]:
     """The tensors of a file for the quantized weight of ``module``, names as above."""
-    return {f"{module}.{name}": tensor for name, tensor in _pack_all(q, "").items()}
+    parts = {}
+    if isinstance(q, SplitTensor):
+        parts = {"apart": q.apart.contiguous(), "apart_columns": q.columns.int()}
+        q = q.rest
+    return {f"{module}.{name}": tensor for name, tensor in (_pack_all(q, "") | parts).items()}
 
 
-def from_dict(module: str, tensors: Mapping[str, Tensor], format: Format, shape: Shape) -> QTensor:
+def from_dict(
+    module: str, tensors: Mapping[str, Tensor], format: Format, shape: Shape, apart: Apart | None = None
+) -> QTensor | SplitTensor:
     """Inverse of ``to_dict``; other tensors in the mapping are left alone.
 
     Raises ``InputError`` for a tensor that is missing or not of the shape and dtype that the Format has.
     """
     got = {}
-    for name, (stored, dtype) in layout(format, shape).items():
+    for name, (stored, dtype) in layout(format, shape, apart=apart).items():
         tensor = tensors.get(f"{module}.{name}")
         if tensor is None:
             raise InputError(
@@ -83,17 +107,23 @@ def from_dict(module: str, tensors: Mapping[str, Tensor], format: Format, shape:
                 "belong together"
             )
         got[name] = tensor
-    return _unpack_all(got, format, torch.Size(shape), "")
+    q = _unpack_all(got, format, torch.Size(shape), "")
+    if apart is None:
+        return q
+    return SplitTensor(rest=q, apart=got["apart"], columns=got["apart_columns"].long())
 
 
-def names(module: str, format: Format, shape: Shape) -> list[str]:
+def names(module: str, format: Format, shape: Shape, apart: Apart | None = None) -> list[str]:
     """Names of the tensors that hold a weight of ``shape`` in ``format``."""
-    return [f"{module}.{name}" for name in layout(format, shape)]
+    return [f"{module}.{name}" for name in layout(format, shape, apart=apart)]
 
 
-def layout(format: Format, shape: Shape, prefix: str = "") -> dict[str, tuple[Shape, torch.dtype]]:
+def layout(
+    format: Format, shape: Shape, prefix: str = "", apart: Apart | None = None
+) -> dict[str, tuple[Shape, torch.dtype]]:
     """Name (without the module) -> shape and dtype of every stored tensor of a weight of ``shape``."""
-    out = {f"{prefix}codes": (_packed_shape(_codes_shape(format, shape), format.grid.bits), torch.uint8)}
+    out = {} if apart is None else apart.layout(shape[0])
+    out |= {f"{prefix}codes": (_packed_shape(_codes_shape(format, shape), format.grid.bits), torch.uint8)}
     if format.scale is None:
         return out
     blocks = tuple(format.block.scale_shape(shape))
@@ -172,7 +202,7 @@ def quantization_config(entries: Mapping[str, Entry]) -> dict:
         modules[name] = {"format": formats.index(entry.format), "shape": list(entry.shape)}
         if entry.transposed:
             modules[name]["transposed"] = True
-        for key in ("activation", "online", "output"):
+        for key in ("activation", "online", "output", "apart"):
             if getattr(entry, key) is not None:
                 modules[name][key] = to_plain(getattr(entry, key))
     plain = [to_plain(f) for f in formats]
@@ -196,6 +226,7 @@ def entries_from_config(config: Mapping) -> dict[str, Entry]:
                 activation=from_plain(m["activation"], CLASSES) if "activation" in m else None,
                 online=from_plain(m["online"], CLASSES) if "online" in m else None,
                 output=from_plain(m["output"], CLASSES) if "output" in m else None,
+                apart=from_plain(m["apart"], CLASSES) if "apart" in m else None,
             )
             for name, m in config["modules"].items()
         }

@@ -4,7 +4,8 @@
 
 With a quantized input, x is what its codes mean (``fewbit.format.Activation``); with an online map, x T comes
 first (a Hadamard transform that could not be folded into the layer before, say); with a map of the output, y
-T^-1 comes before the bias.
+T^-1 comes before the bias. Where columns O are kept apart (``fewbit.format.split``), x is 0 there and
+x_O W_O^T is added in float.
 
 The buffers hold the canonical, unpacked QTensor: ``codes``, ``scale``, ``zero``; where the scale is itself a
 QTensor, ``scale_codes``, ``scale_scale`` and so on to any depth. Files hold the same names packed
@@ -21,10 +22,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fewbit.format.activation import Activation
 from fewbit.format.format import Format, Params
 from fewbit.format.qtensor import QTensor
+from fewbit.format.split import SplitTensor
 from fewbit.kernel.linear import linear
 
 
@@ -47,7 +50,7 @@ class QLinear(nn.Module):
 
     def __init__(
         self,
-        qweight: QTensor,
+        qweight: QTensor | SplitTensor,
         bias: Tensor | None = None,
         *,
         activation: Activation | None = None,
@@ -60,17 +63,28 @@ class QLinear(nn.Module):
         self.activation, self.online, self.output = activation, online, output
         self.register_buffer("input_scale", None if params is None else params.scale)
         self.register_buffer("input_zero", None if params is None else params.zero)
-        self.format, self.shape = qweight.format, torch.Size(qweight.shape)
+        split = isinstance(qweight, SplitTensor)
+        self.register_buffer("apart", qweight.apart if split else None)
+        self.register_buffer("apart_columns", qweight.columns if split else None)
+        rest = qweight.rest if split else qweight
+        self.format, self.shape = rest.format, torch.Size(rest.shape)
         self.out_features, self.in_features = self.shape
-        for name, tensor in _flatten(qweight).items():
+        for name, tensor in _flatten(rest).items():
             self.register_buffer(name, tensor)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
 
     @property
-    def qweight(self) -> QTensor:
-        """The weight as a QTensor over this module's buffers (no copy)."""
+    def qweight(self) -> QTensor | SplitTensor:
+        """The weight over this module's buffers (no copy)."""
+        rest = self._rest
+        if self.apart is None:
+            return rest
+        return SplitTensor(rest=rest, apart=self.apart, columns=self.apart_columns)
+
+    @property
+    def _rest(self) -> QTensor:
         return _gather(self.format, self.shape, self._buffers)
 
     @property
@@ -82,9 +96,16 @@ class QLinear(nn.Module):
         """x [..., in] -> [..., out], in x's dtype."""
         if self.online is not None:
             x = self.online.apply(x)
+        wide = None
+        if self.apart is not None:
+            wide, x = x[..., self.apart_columns], x.index_fill(-1, self.apart_columns, 0)
+        bias = self.bias if self.output is None else None
+        y = linear(x, self._rest, bias, self.activation, self.params)
+        if wide is not None:
+            y = y + F.linear(wide, self.apart.to(x.dtype))
         if self.output is None:
-            return linear(x, self.qweight, self.bias, self.activation, self.params)
-        y = self.output.invert(linear(x, self.qweight, None, self.activation, self.params))
+            return y
+        y = self.output.invert(y)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -92,6 +113,7 @@ class QLinear(nn.Module):
         size = f"in_features={self.in_features}, out_features={self.out_features}"
         parts = [size, f"bias={bias}", self.format]
         parts += [] if self.activation is None else [f"input {self.activation}"]
+        parts += [] if self.apart is None else [f"{len(self.apart_columns)} columns apart in float"]
         parts += [] if self.online is None else [f"after {self.online}"]
         parts += [] if self.output is None else [f"before the inverse of {self.output}"]
         return ", ".join(str(part) for part in parts)
@@ -116,12 +138,13 @@ def see_quantized(
     params: Params | None,
     online: Online | None,
     output: Online | None = None,
+    apart: Tensor | None = None,
 ) -> None:
     """Make a plain linear with rounded weights compute what ``QLinear`` will, before there is one."""
     if online is not None:
         transform_input(module, online.apply)
     if activation is not None:
-        transform_input(module, lambda x: activation(x, params))
+        transform_input(module, lambda x: activation(x, params, apart))
     if output is not None:
         bias = getattr(module, "bias", None)
         less = (lambda y: y) if bias is None else (lambda y: y - bias)

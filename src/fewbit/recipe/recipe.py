@@ -17,7 +17,9 @@ from fewbit.errors import InputError
 from fewbit.format import Format
 from fewbit.format.activation import Activation
 from fewbit.format.codec import FORMAT_CLASSES, from_plain, to_plain
+from fewbit.format.split import Split
 from fewbit.solve import SOLVERS, Need, Rtn, Solver
+from fewbit.solve.tune import Tuner
 from fewbit.transform import CHOOSERS
 from fewbit.transform.chooser import Chooser
 from fewbit.transform.incoherence import Incoherence
@@ -37,7 +39,8 @@ class Rule:
     """Layers whose full name matches ``match`` (shell pattern: *, ?, [..]) get ``weight``, solved by
     ``solver``, and read their ``input`` quantized.
 
-    ``weight=None`` leaves them as they are; ``input=None`` leaves the input in the model's dtype. With
+    ``weight=None`` leaves them as they are; ``input=None`` leaves the input in the model's dtype; ``split``
+    keeps columns of the weight that meet outliers in float, and inputs there as they are. With
     ``alternatives`` each layer gets the formats with the least error of its output (of the weight alone where
     nothing asks for calibration); on a tie the rule's own. basis: random orthogonal maps on both sides of the
     weight, in which it is quantized and kept.
@@ -49,8 +52,11 @@ class Rule:
     input: Activation | None = None
     alternatives: tuple[Alternative, ...] = ()
     basis: Incoherence | None = None
+    split: Split | None = None
 
     def __post_init__(self):
+        if self.split is not None:
+            self._check_split()
         for one in self.alternatives:
             self.solver.check(one.weight)
         if self.basis is not None and self.input is not None and self.input.static:
@@ -65,12 +71,29 @@ class Rule:
                 "weight format too"
             )
 
+    def _check_split(self) -> None:
+        if self.weight is None or self.alternatives or isinstance(self.solver, Tuner):
+            raise InputError(
+                f"rule {self.match!r} keeps columns apart, which goes with one weight format and a solver of "
+                "single layers, such as Rtn() or Ldlq(); leave the split out"
+            )
+        if self.input is not None and self.input.momentum is not None:
+            raise InputError(
+                f"rule {self.match!r} keeps columns apart and has a moving average of ranges, which counts "
+                "them; leave momentum out"
+            )
+        if self.basis is not None:
+            raise InputError(
+                f"rule {self.match!r} keeps columns apart in a basis that mixes them; leave one out"
+            )
+        self.split.check(self.weight)
+
     @property
     def needs(self) -> frozenset[Need]:
         """Calibration statistics that this rule's solver or range rule uses."""
         if self.weight is None:
             return frozenset()
-        needs = set(self.solver.needs)
+        needs = set(self.solver.needs) | ({Need.COLUMNS} if self.split is not None else set())
         for weight, input in self.choices:
             if weight.scale is not None and weight.range.wants_importance:
                 needs.add(Need.GRAM)

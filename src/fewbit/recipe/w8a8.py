@@ -8,6 +8,8 @@ https://arxiv.org/abs/2209.05433. Quanto: https://huggingface.co/blog/quanto-int
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fewbit.format import (
     FP32,
     MSE,
@@ -23,6 +25,7 @@ from fewbit.format import (
     Zero,
 )
 from fewbit.format.activation import Activation
+from fewbit.format.split import Split
 from fewbit.grid import Int, by_name
 from fewbit.recipe.recipe import Recipe, Rule
 from fewbit.recipe.weights import choice
@@ -53,9 +56,15 @@ def w8a8(
     return Recipe(name="w8a8", rules=(rule,))
 
 
-def llm_int8(*, threshold: float = 6.0) -> Recipe:
-    """LLM.int8(): int8 vector-wise; input columns with any |x| from ``threshold`` on stay in float."""
-    return Recipe(name="llm_int8", rules=w8a8(outliers=threshold).rules)
+def llm_int8(*, threshold: float = 6.0, calibrate: bool = True) -> Recipe:
+    """LLM.int8(): int8 vector-wise; input columns with any |x| from ``threshold`` on stay in float.
+
+    Their weights, too, where the calibration meets them; calibrate=false needs no text and takes them from
+    the int8 codes.
+    """
+    rule = w8a8(outliers=threshold).rules[0]
+    split = Split(threshold=threshold) if calibrate else None
+    return Recipe(name="llm_int8", rules=(replace(rule, split=split),))
 
 
 def fp8_dynamic() -> Recipe:

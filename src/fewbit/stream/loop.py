@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fewbit.errors import InputError
 from fewbit.format import Params, QTensor, Stats
+from fewbit.format.split import Apart, SplitTensor, without
 from fewbit.io import inputs
 from fewbit.io.skeleton import dematerialize, materialize
 from fewbit.io.source import check_finite
@@ -156,10 +157,10 @@ class Loop:
                 layer = self.done(layer)
                 if layer.online is not None and not online:
                     transform_input(self.model.get_submodule(m), layer.online.apply)
-                q = codec(self.plan).from_dict(layer.name, tensors, layer.format, layer.shape)
-                set_weight(self.model.get_submodule(m), in_flow(layer, q.dequantize().to(device)))
+                q = codec(self.plan).from_dict(layer.name, tensors, *layer.entry.stored).to(device)
+                set_weight(self.model.get_submodule(m), in_flow(layer, q.dequantize()))
                 params = inputs.from_dict(layer.name, tensors, layer.activation, layer.shape[1])
-                self._see_quantized(layer, None if params is None else params.to(device))
+                self._see_quantized(layer, None if params is None else params.to(device), _apart(q))
             self.resumed += 1
         else:
             said = self._fold(block, name, layers, flows, stop) if self.plan.recipe.transforms else {}
@@ -199,7 +200,8 @@ class Loop:
         """A planned layer of a finished block with the choices that were made for it."""
         row = next(row for row in reversed(self.rows) if row.layer == layer.name)
         online = online_map(layer.shape[1], self.plan.recipe.rotation) if row.online else None
-        return replace(layer.chosen(row.choice), online=online)
+        apart = Apart(columns=row.apart, format=layer.rule.split.apart) if row.apart else None
+        return replace(layer.chosen(row.choice), online=online, apart=apart)
 
     def _check(self, names: list[str]) -> None:
         """Raise ``InputError`` for a stored tensor with NaN or Inf."""
@@ -290,12 +292,13 @@ class Loop:
             for args, kwargs in [change_input(lambda _, x=x: x, flow.stop.args, flow.stop.kwargs)]
         ]
 
-    def _see_quantized(self, layer: PlannedLayer, params: Params | None) -> None:
+    def _see_quantized(self, layer: PlannedLayer, params: Params | None, apart: Tensor | None) -> None:
         """From here on the layer reads its input quantized, in the flows that wait at it, too."""
         if layer.activation is None:
             return
         module, basis = self.model.get_submodule(layer.module), layer.rule.basis
-        change = lambda x: layer.activation(x if basis is None else layer.input_map.apply(x), params)  # noqa: E731
+        mapped = (lambda x: x) if basis is None else layer.input_map.apply
+        change = lambda x: layer.activation(mapped(x), params, apart)  # noqa: E731
         waiting = [flow.stop for flow in self.flows if flow.stop is not None and flow.stop.module is module]
         for stop in waiting:  # hooks that are added now come too late for them
             stop.change = change
@@ -323,7 +326,11 @@ class Loop:
                     choice, q = choose(parts[0], own_stats, solver, rule.choices)
                     layers, solved = [layers[0].chosen(choice)], [q]
                 else:
-                    solved = solver.together(parts, own_stats, rule.weight)
+                    if rule.split is None:
+                        solved = solver.together(parts, own_stats, rule.weight)
+                    else:
+                        solve = lambda w, s, solver=solver, rule=rule: solver(w, s, rule.weight)  # noqa: E731
+                        solved = [rule.split(part, stats, solve) for part in parts]
             said = notes + tuple(str(c.message) for c in caught if issubclass(c.category, SolverWarning))
             seconds = (time.perf_counter() - start) / len(layers)
             for layer, part, own in zip(layers, parts, solved, strict=True):
@@ -333,7 +340,9 @@ class Loop:
         self, layer, part, own, stats, out, rows, solver, seconds, notes: tuple[str, ...] = (), choice=0
     ) -> None:
         """Put a solved layer in place: its weight ``own`` for ``part``, its input, its row."""
-        module, value = self.model.get_submodule(layer.module), own.dequantize()
+        module, value, apart = self.model.get_submodule(layer.module), own.dequantize(), _apart(own)
+        if apart is not None:
+            layer = replace(layer, apart=Apart(columns=len(apart), format=layer.rule.split.apart))
         row = LayerRow(
             layer=layer.name,
             format=layer.text,
@@ -343,13 +352,15 @@ class Loop:
             tokens=stats.tokens,
             notes=notes,
             choice=choice,
+            apart=0 if apart is None else len(apart),
         )
         if not math.isfinite(row.error):
             raise InputError(f"layer {layer.name} became NaN in quantization; check its weights and inputs")
         set_weight(module, in_flow(layer, value))
         out[layer.module] = own.to("cpu")
-        params = static_params(layer.activation, stats, layer.name)
-        self._see_quantized(layer, params)
+        rounded = stats if apart is None else without(stats, apart)
+        params = static_params(layer.activation, rounded, layer.name)
+        self._see_quantized(layer, params, apart)
         if params is not None:
             self.params[layer.module] = params.to("cpu")
         rows.append(row)
@@ -367,6 +378,11 @@ def in_flow(layer: PlannedLayer, value: Tensor) -> Tensor:
 def _outside_flow(block: nn.Module, stop) -> object:
     """Call a block with the inputs of a waiting flow; hooks that suspend do nothing here."""
     return block(*stop.args, **stop.kwargs)
+
+
+def _apart(q: QTensor | SplitTensor) -> Tensor | None:
+    """The columns of a weight that are kept in float, or None."""
+    return q.columns if isinstance(q, SplitTensor) else None
 
 
 def _together(group: list[PlannedLayer]) -> list[list[PlannedLayer]]:

@@ -19,6 +19,7 @@ from torch import nn
 from fewbit.errors import InputError
 from fewbit.format import Format
 from fewbit.format.activation import Activation
+from fewbit.format.split import Apart
 from fewbit.io import compressed_tensors, native
 from fewbit.io.skeleton import build_skeleton, parameter_map
 from fewbit.io.source import Source
@@ -46,6 +47,7 @@ class PlannedLayer:
     kind: str
     rule: Rule
     online: Map | None = None  # what a rotation has left for every call; known once the block is rotated
+    apart: Apart | None = None  # columns kept in float; known once the layer is solved
 
     @property
     def transposed(self) -> bool:
@@ -84,8 +86,22 @@ class PlannedLayer:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight; of several choices the most."""
-        return max(weight.bits_per_weight(self.shape) for weight, _ in self.rule.choices)
+        """Stored bits per weight; of several choices the most. Columns apart count once they are known."""
+        apart = 0 if self.apart is None else self.apart.bits(self.shape[0]) / math.prod(self.shape)
+        return apart + max(weight.bits_per_weight(self.shape) for weight, _ in self.rule.choices)
+
+    @property
+    def entry(self) -> native.Entry:
+        """What a native checkpoint says of it."""
+        return native.Entry(
+            format=self.format,
+            shape=self.shape,
+            transposed=self.transposed,
+            activation=self.activation,
+            online=self.input_map,
+            output=self.output_map,
+            apart=self.apart,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +192,8 @@ def make_plan(
         reason = reason or "Hadamard maps that run at every call are not written there yet"
     if any(layer.rule.basis for layer in layers):
         reason = reason or "weights in a basis of their own are not written there"
+    if any(x.rule.split is not None for x in layers):
+        reason = reason or "columns kept in float have no place there"
     needs = _needs(layers, recipe)
     used = calibration if needs else None
     info = source.tensors()
@@ -220,6 +238,8 @@ def _caveats(layers, source, calibration, reason) -> tuple[str, ...]:
     out = []
     if not reason:
         out += compressed_tensors.caveats({layer.name: layer.format for layer in layers}, source.dtype)
+    if any(layer.rule.split is not None for layer in layers):
+        out.append("columns that meet outliers in the calibration are stored in float on top of this size")
     solved = [layer for layer in layers if Need.GRAM in layer.rule.solver.needs]
     if solved and calibration:
         tokens, widest = calibration.samples * calibration.seqlen, max(layer.shape[1] for layer in solved)

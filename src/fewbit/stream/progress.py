@@ -26,6 +26,7 @@ class LayerRow:
     notes: tuple[str, ...] = ()
     choice: int = 0  # which of the rule's choices the layer got
     online: bool = False  # whether a Hadamard map runs before the layer
+    apart: int = 0  # columns of the weight that are kept in float
 
     def as_dict(self) -> dict:
         """Plain data for JSON."""

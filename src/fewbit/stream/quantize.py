@@ -183,19 +183,7 @@ def _write(plan: Plan, job: Job, loop: Loop, blocks: int) -> None:
 def quantization_config(plan: Plan) -> dict:
     """The ``quantization_config`` of config.json, in the language of the plan's checkpoint format."""
     if plan.checkpoint == "native":
-        return native.quantization_config(
-            {
-                x.name: native.Entry(
-                    format=x.format,
-                    shape=x.shape,
-                    transposed=x.transposed,
-                    activation=x.activation,
-                    online=x.input_map,
-                    output=x.output_map,
-                )
-                for x in plan.layers
-            }
-        )
+        return native.quantization_config({x.name: x.entry for x in plan.layers})
     return compressed_tensors.quantization_config({x.name: x.format for x in plan.layers}, plan.left)
 
 

@@ -52,6 +52,7 @@ def _quantize_inputs(model, names, source: Source, mapping: dict[str, str], devi
                 None if params is None else params.to(device),
                 entry.online,
                 entry.output,
+                None if (apart := source.read_apart(stored)) is None else apart.to(device),
             )
 
 
