@@ -5,12 +5,13 @@ import torch
 
 from fewbit.errors import InputError
 from fewbit.format import Stats
-from fewbit.transform import Incoherence
+from fewbit.transform import Incoherence, Spread
 
+QUIP = Incoherence(spread=Spread.KRONECKER)
 G = torch.Generator().manual_seed(0)
 
 
-@pytest.mark.parametrize("basis", [Incoherence(), Incoherence(output=False), Incoherence(block=24)])
+@pytest.mark.parametrize("basis", [Incoherence(), Incoherence(output=False), Incoherence(block=24), QUIP])
 @pytest.mark.parametrize("shape", [(48, 72), (20, 96), (7, 48)])
 def test_a_weight_comes_back_and_its_layer_computes_what_it_did(basis, shape):
     w, x = torch.randn(shape, generator=G), torch.randn(5, shape[1], generator=G)

@@ -38,9 +38,9 @@ from fewbit.format.format import Format, Zero
 from fewbit.format.qtensor import QTensor
 from fewbit.format.split import Apart, SplitTensor
 from fewbit.grid.grid import Grid
-from fewbit.transform import Hadamard, Map
+from fewbit.transform import Hadamard, Kronecker, Map
 
-CLASSES = (*FORMAT_CLASSES, Apart, Hadamard)  # what a configuration may name
+CLASSES = (*FORMAT_CLASSES, Apart, Hadamard, Kronecker)  # what a configuration may name
 QUANT_METHOD = "fewbit"
 VERSION = 1
 _NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

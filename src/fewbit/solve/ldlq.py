@@ -37,6 +37,8 @@ from torch import Tensor
 from fewbit.errors import InputError
 from fewbit.format import Channel, Format, Group, QTensor
 from fewbit.format.format import Params
+from fewbit.solve.columns import round_columns, steps_of
+from fewbit.solve.refine import refine
 from fewbit.solve.solver import Need, Solver, SolverWarning
 
 
@@ -47,19 +49,25 @@ class Ldlq(Solver):
     damp: share of mean(diag H) added to the diagonal; act_order: columns with the largest diag(H) first;
     static_groups: steps are fitted once on the original weights (needed with act_order), else each group is
     refitted when its first column is reached, on weights that carry the errors made so far; lazy: columns
-    between two products with all past errors (speed only).
+    between two products with all past errors (speed only); passes: times that `refine` goes over all codes
+    afterwards (QuIP# makes 10).
     """
 
     damp: float = 0.01
     act_order: bool = True
     static_groups: bool = True
     lazy: int = 128
+    passes: int = 0
 
     def __post_init__(self):
         if not 0 <= self.damp <= 1:
             raise InputError(f"damp {self.damp} is outside [0, 1]; 0.01 is usual")
         if self.lazy < 1:
             raise InputError(f"lazy block of {self.lazy} columns is impossible; 128 is usual")
+        if self.passes < 0:
+            raise InputError(
+                f"{self.passes} passes of refinement are impossible; give 0 or more, 10 is usual"
+            )
         if self.act_order and not self.static_groups:
             raise InputError(
                 "act_order with static_groups=false would need a gather index (g_idx) that no engine reads "
@@ -103,10 +111,11 @@ def ldlq(ws: Sequence[Tensor], h: Tensor, fmt: Format, how: Ldlq) -> list[QTenso
     codes = torch.empty(n // width, w_t.shape[1], dtype=fmt.grid.code_dtype, device=w_t.device)
     codes[order[::width] // width] = feed_back(w_t, m, rounding, width, how.lazy)
     parts = codes.t().split([len(w) for w in ws])
-    return [
+    solved = [
         QTensor(codes=c.contiguous(), scale=p.scale, zero=p.zero, format=fmt, shape=w.shape)
         for w, c, p in zip(ws, parts, rounding.params(), strict=True)
     ]
+    return [refine(w, h, q, how.passes) for w, q in zip(ws, solved, strict=True)] if how.passes else solved
 
 
 class Rounding(Protocol):
@@ -156,9 +165,11 @@ class _Fixed:
         if i >= self.stop:
             self.first, self.stop = i, i + self.ahead
             of, each = self.order[i : self.stop], zip(self.fits, self.ws, strict=True)
-            self.s, self.z = _beside([_rows(self.fmt, p, w.shape, of) for p, w in each], self.ws)
+            self.s, self.z = _beside([steps_of(self.fmt, p, w.shape, of) for p, w in each], self.ws)
         mine = slice(i - self.first, i - self.first + self.span)
-        return _round(self.fmt, rest[: self.span], self.s[mine], None if self.z is None else self.z[mine])
+        return round_columns(
+            self.fmt, rest[: self.span], self.s[mine], None if self.z is None else self.z[mine]
+        )
 
 
 class _Refitted:
@@ -182,9 +193,9 @@ class _Refitted:
             group = slice(i, i + span)
             self.fits.append(self.fmt.fit(rest[:span].t(), self.h[group, group]))
             shape = (sum(self.sizes), span)
-            self.s, self.z = _rows(self.fmt, self.fits[-1], shape, torch.arange(span, device=rest.device))
+            self.s, self.z = steps_of(self.fmt, self.fits[-1], shape, torch.arange(span, device=rest.device))
         mine = slice(i % span, i % span + width)
-        return _round(self.fmt, rest[:width], self.s[mine], None if self.z is None else self.z[mine])
+        return round_columns(self.fmt, rest[:width], self.s[mine], None if self.z is None else self.z[mine])
 
 
 def unit_factor(h: Tensor, damp: float, width: int = 1) -> Tensor:
@@ -237,12 +248,6 @@ def unit_factor(h: Tensor, damp: float, width: int = 1) -> Tensor:
     return m.transpose(0, 1).flatten(1).to(dtype)
 
 
-def _rows(fmt: Format, params: Params, shape: tuple[int, ...], columns: Tensor):
-    """Step and zero of some columns, transposed to [len(columns), out or 1]."""
-    s, z = fmt.columns(params, shape, columns)
-    return s.t().contiguous(), None if z is None else z.t().contiguous()
-
-
 def _beside(rows: list[tuple[Tensor, Tensor | None]], ws: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """Steps and zeros [columns, out_i or 1] of several matrices beside each other, [columns, out]."""
     if len(rows) == 1:
@@ -250,15 +255,6 @@ def _beside(rows: list[tuple[Tensor, Tensor | None]], ws: Sequence[Tensor]) -> t
     wide = lambda of: torch.cat([t.expand(-1, len(w)) for t, w in zip(of, ws, strict=True)], 1)  # noqa: E731
     steps, zeros = zip(*rows, strict=True)
     return wide(steps), None if zeros[0] is None else wide(zeros)
-
-
-def _round(fmt: Format, rows: Tensor, s: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``width`` transposed columns [width, out] -> codes [out] and their values [width, out]."""
-    if fmt.grid.width == 1:
-        code = fmt.code(rows, s, z)
-        return code[0], fmt.decode(code, s, z)
-    code = fmt.code(rows.t(), s.t(), None if z is None else z.t())
-    return code.squeeze(-1), fmt.decode(code, s.t(), None if z is None else z.t()).t()
 
 
 def _tensor(scale: Tensor | QTensor) -> Tensor:

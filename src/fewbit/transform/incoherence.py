@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fewbit.errors import InputError
 from fewbit.transform.hadamard import Hadamard
+from fewbit.transform.kronecker import Kronecker
 from fewbit.transform.maps import Map
 
 
@@ -33,6 +34,7 @@ class Spread(StrEnum):
     """The kind of random orthogonal map."""
 
     HADAMARD = "hadamard"
+    KRONECKER = "kronecker"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,8 @@ class Incoherence:
     def __post_init__(self):
         if self.block is not None and self.block < 2:
             raise InputError(f"blocks of {self.block} columns mix nothing; give 2 or more, or none")
+        if self.block is not None and self.spread is not Spread.HADAMARD:
+            raise InputError(f"{self.spread} maps have no blocks; use Hadamard maps, or leave the block out")
 
     def check(self, shape: tuple[int, int], what: str) -> None:
         """Raise ``InputError`` where blocks do not tile the columns of ``what`` of ``shape`` [out, in]."""
@@ -62,11 +66,15 @@ class Incoherence:
 
     def input_map(self, n: int) -> Map:
         """T for a layer with n inputs."""
+        if self.spread is Spread.KRONECKER:
+            return Kronecker(n, seed=self.seed)
         return Hadamard(n, seed=self.seed, block=self.block)
 
     def output_map(self, m: int) -> Map | None:
         """O^T as a map of rows: y' = y O^T, or None."""
-        return Hadamard(m, seed=self.seed + 1) if self.output else None
+        if not self.output:
+            return None
+        return (Kronecker if self.spread is Spread.KRONECKER else Hadamard)(m, seed=self.seed + 1)
 
     def enter(self, w: Tensor) -> Tensor:
         """W' = O W T of a weight [out, in]."""
