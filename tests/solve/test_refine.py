@@ -8,7 +8,7 @@ import torch
 from fewbit.errors import InputError
 from fewbit.format import FP32, Channel, Format, Gaussian, Group, MinMax, PerTensor, Zero
 from fewbit.grid import by_name
-from fewbit.solve import Ldlq, Rtn, Stats, ldlq
+from fewbit.solve import Ldlq, Rtn, Stats
 from fewbit.solve.refine import refine
 
 
@@ -45,7 +45,7 @@ FORMATS = {
 def test_no_pass_raises_the_error_of_any_row(fmt):
     for seed in range(3):
         w, h = layer(seed)
-        for q in (ldlq(w, h, fmt, Ldlq()), Rtn()(w, Stats(gram=h), fmt)):
+        for q in (Ldlq()(w, Stats(gram=h), fmt), Rtn()(w, Stats(gram=h), fmt)):
             errors = [row_errors(w, q, h)]
             for _ in range(3):
                 q = refine(w, h, q, 1)
@@ -58,10 +58,10 @@ def test_no_pass_raises_the_error_of_any_row(fmt):
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_passes_add_up_and_stop_where_nothing_changes(fmt):
     w, h = layer(5)
-    q = ldlq(w, h, fmt, Ldlq())
+    q = Ldlq()(w, Stats(gram=h), fmt)
     twice = refine(w, h, refine(w, h, q, 1), 1)
     assert torch.equal(refine(w, h, q, 2).codes, twice.codes)
-    assert torch.equal(ldlq(w, h, fmt, Ldlq(passes=2)).codes, twice.codes)
+    assert torch.equal(Ldlq(passes=2)(w, Stats(gram=h), fmt).codes, twice.codes)
     done = refine(w, h, q, 200)
     assert torch.equal(refine(w, h, done, 1).codes, done.codes)
     assert torch.equal(refine(w, h, q, 0).codes, q.codes)
