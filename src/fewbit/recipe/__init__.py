@@ -18,6 +18,7 @@ from fewbit.recipe.mofq import mofq
 from fewbit.recipe.omniquant import omniquant
 from fewbit.recipe.qoq import qoq
 from fewbit.recipe.quarot import quarot
+from fewbit.recipe.quip import quip, quip_sharp
 from fewbit.recipe.recipe import Alternative, Recipe, Rule, from_yaml
 from fewbit.recipe.rtn import fp8, int8, nf4, rtn
 from fewbit.recipe.smoothquant import smoothquant
@@ -44,6 +45,8 @@ RECIPES: tuple[Callable[..., Recipe], ...] = (
     omniquant,
     autoround,
     higgs,
+    quip,
+    quip_sharp,
 )
 
 
@@ -90,5 +93,5 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
 __all__ = [
     "RECIPES", "Alternative", "Recipe", "Rule", "autoround", "awq", "fp8", "fp8_dynamic", "from_yaml",
     "gptq", "higgs", "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "omniquant", "qoq", "quanto",
-    "quarot", "rtn", "smoothquant", "spinquant", "w8a8",
+    "quarot", "quip", "quip_sharp", "rtn", "smoothquant", "spinquant", "w8a8",
 ]  # fmt: skip
