@@ -10,7 +10,7 @@ from fewbit.format import FP16, Format, Stats, Token, Zero
 from fewbit.grid import Int
 from fewbit.seams.attention import KeySeam, _layouts, find_keys, fold_keys, fold_keys_checked
 from fewbit.seams.diagonal import change, first
-from fewbit.seams.rotation import _calls
+from fewbit.seams.rotation import block_calls
 from fewbit.transform import SmoothAttention
 
 IDS = tiny_ids()
@@ -19,7 +19,7 @@ HALF = [8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7]
 
 
 def blocks_of(arch):
-    return [(block, call) for _, block, call in _calls(tiny(arch), IDS)]
+    return [(block, call) for _, block, call in block_calls(tiny(arch), IDS)]
 
 
 def keys_seen(block, call, name):

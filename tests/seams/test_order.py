@@ -8,7 +8,7 @@ from fewbit.format import Stats
 from fewbit.format.named import progressive
 from fewbit.seams.diagonal import change, first
 from fewbit.seams.order import OrderSeam, find_orders, fold_order, fold_order_checked
-from fewbit.seams.rotation import _calls
+from fewbit.seams.rotation import block_calls
 from fewbit.transform import Permute
 
 GATED = (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
@@ -20,7 +20,7 @@ FOUND = {
 
 
 def first_block(arch):
-    _, block, call = next(iter(_calls(tiny(arch), tiny_ids())))
+    _, block, call = next(iter(block_calls(tiny(arch), tiny_ids())))
     return block, call
 
 

@@ -16,7 +16,7 @@ from fewbit.nn.linear import QLinear, transform_input
 from fewbit.seams.heads import Values, find_values, fold_online, rotate_values, rotate_values_checked
 from fewbit.seams.norms import absorb, form_of
 from fewbit.seams.residual import Centred, find_residual, fold_gains, rotate, rotate_checked
-from fewbit.seams.rotation import _calls, find_outside, rotate_model, rotate_stream
+from fewbit.seams.rotation import block_calls, find_outside, rotate_model, rotate_stream
 from fewbit.transform import Diagonal, Hadamard, Orthogonal
 
 REFUSED = {"gemma3": "post_attention_layernorm of Gemma3", "bert": r"output\.LayerNorm of BertLayer"}
@@ -36,7 +36,7 @@ def difference(a, b):
 
 def block_of(arch, index=0):
     """A block of a tiny model, and what runs it on the inputs it has in the model's forward."""
-    _, block, call = list(_calls(tiny(arch), IDS))[index]
+    _, block, call = list(block_calls(tiny(arch), IDS))[index]
     return block, call
 
 
@@ -47,7 +47,8 @@ def test_rotations_leave_the_logits_and_move_every_linear(arch):
     old = {n: p.detach().clone() for n, p in model.named_parameters() if p.ndim == 2 and "norm" not in n}
     done = rotate_model(model, seed=3)
     assert difference(before, logits(model)) < 1e-5
-    assert len(done.values) == len(done.online) == len(find_blocks(model))
+    assert len(done.values) == len(find_blocks(model))
+    assert len(done.online) == 2 * len(find_blocks(model))  # before what attention and the MLP write with
     for name, weight in old.items():  # each is multiplied by something, none only scaled
         new = model.get_parameter(name)
         cosine = torch.cosine_similarity(new.flatten(), weight.flatten(), dim=0)
@@ -57,9 +58,9 @@ def test_rotations_leave_the_logits_and_move_every_linear(arch):
 @pytest.mark.parametrize("arch", ROTATED)
 def test_the_rotated_stream_is_the_old_one_times_q(arch):
     model = tiny(arch)
-    before = [call() for _, _, call in _calls(model, IDS)]
+    before = [call() for _, _, call in block_calls(model, IDS)]
     q = rotate_stream(model).stream
-    for old, (_, _, call) in zip(before, _calls(model, IDS), strict=True):
+    for old, (_, _, call) in zip(before, block_calls(model, IDS), strict=True):
         old, new = (x if isinstance(x, torch.Tensor) else x[0] for x in (old, call()))
         assert difference(q.apply(old), new) < 1e-5
 
@@ -310,6 +311,24 @@ def test_an_online_map_and_its_folded_weight_cancel_in_a_quantized_layer():
         assert difference(before, linear(x)) > 0.5
 
 
+def test_an_outlying_head_is_spread_over_all_inputs_of_o():
+    spread = {}
+    for online in (False, True):
+        model = tiny("llama")
+        block = model.model.layers[0]
+        with torch.no_grad():
+            block.self_attn.v_proj.weight[:16] *= 100  # one of two heads of values, of 16 channels
+        (rotate_model if online else rotate_stream)(model)
+        read = []
+        block.self_attn.o_proj.register_forward_pre_hook(lambda m, args: read.append(args[0]))  # noqa: B023
+        logits(model)
+        x = read[0].flatten(0, -2)
+        spread[online] = (x.abs().amax(-1) / x.square().mean(-1).sqrt()).mean().item()
+        heads = x.unflatten(-1, (4, 16)).square().mean((0, 2)).sqrt()
+        assert bool(heads.max() < 3 * heads.min()) == online
+    assert spread[True] < 0.9 * spread[False]
+
+
 def test_half_precision_is_proved_within_its_rounding():
     model = tiny("llama").bfloat16()
     before = logits(model)
@@ -332,7 +351,7 @@ def test_the_outside_of_a_model_is_found_without_its_blocks():
 
 def plant(model, by, channels):
     """Multiply channels of every norm's gain and divide the readers' columns: the function stays."""
-    for _, block, call in _calls(model, IDS):
+    for _, block, call in block_calls(model, IDS):
         for norm in find_residual(block, call).norms:
             block.get_submodule(norm.name).weight.data[channels] *= by
             for reader in norm.readers:
@@ -342,7 +361,7 @@ def plant(model, by, channels):
 def int4_errors(model, ids):
     """||Q(x) W^T - x W^T|| / ||x W^T|| squared, x in int4 per token, of each linear that reads a norm."""
     errors, undo = {}, []
-    for name, block, call in _calls(model, ids):
+    for name, block, call in block_calls(model, ids):
         for reader in (r for norm in find_residual(block, call).norms for r in norm.readers):
             module = block.get_submodule(reader)
 

@@ -41,6 +41,10 @@ FORMATS = {
 }
 
 
+def ldlq(w, h, fmt, how):
+    return how(w, Stats(gram=h), fmt)
+
+
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_no_pass_raises_the_error_of_any_row(fmt):
     for seed in range(3):
@@ -58,10 +62,13 @@ def test_no_pass_raises_the_error_of_any_row(fmt):
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_passes_add_up_and_stop_where_nothing_changes(fmt):
     w, h = layer(5)
-    q = Ldlq()(w, Stats(gram=h), fmt)
+    q = ldlq(w, h, fmt, Ldlq(damp=0))
     twice = refine(w, h, refine(w, h, q, 1), 1)
     assert torch.equal(refine(w, h, q, 2).codes, twice.codes)
-    assert torch.equal(Ldlq(passes=2)(w, Stats(gram=h), fmt).codes, twice.codes)
+    assert torch.equal(ldlq(w, h, fmt, Ldlq(damp=0, passes=2)).codes, twice.codes)
+    damped = h + 0.1 * h.diagonal().mean() * torch.eye(64)
+    want = refine(w, damped, ldlq(w, h, fmt, Ldlq(damp=0.1)), 2)
+    assert torch.equal(ldlq(w, h, fmt, Ldlq(damp=0.1, passes=2)).codes, want.codes)
     done = refine(w, h, q, 200)
     assert torch.equal(refine(w, h, done, 1).codes, done.codes)
     assert torch.equal(refine(w, h, q, 0).codes, q.codes)

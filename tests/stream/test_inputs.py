@@ -8,14 +8,18 @@ from tiny import save_tiny, tiny_ids
 
 import fewbit
 from fewbit.errors import InputError
-from fewbit.format import FP32, Channel, Format, MinMax, PerTensor, Token, Zero
+from fewbit.format import FP32, Channel, Format, MinMax, Need, PerTensor, Token, Zero
 from fewbit.format.activation import Activation
 from fewbit.format.block import Columns
+from fewbit.format.split import Split
 from fewbit.grid import Int, by_name
+from fewbit.nn.blocks import weight_of
 from fewbit.nn.linear import QLinear
 from fewbit.recipe import Recipe, Rule, from_yaml
 from fewbit.solve import Ldlq, Rtn
+from fewbit.solve.lwc import Lwc
 from fewbit.stream.data import Calibration
+from fewbit.stream.inputs import Inputs
 from fewbit.stream.quantize import quantize
 from fewbit.transform import CHOOSERS
 
@@ -31,6 +35,7 @@ INPUTS = {
     "momentum": replace(STATIC, momentum=0.9),
     "static with a zero": Activation(format=AFFINE, static=True),
     "groups of columns": Activation(format=replace(AFFINE, block=Columns(32)), static=True),
+    "groups by range": Activation(format=replace(AFFINE, block=Columns(1)), static=True, groups=2),
     "outliers left out": replace(TOKEN, outliers=3.0),
     "fp8": Activation(format=Format(grid=by_name("e4m3fn"), block=Token(), scale=FP32)),
 }
@@ -74,6 +79,71 @@ def test_a_quantized_input_is_the_same_in_the_run_on_disk_and_in_transformers(
     layers = [m for m in model.modules() if isinstance(m, QLinear)]
     assert layers
     assert all(m.activation == INPUTS[kind] and (m.params is not None) == m.activation.static for m in layers)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("depth", ["linear", "block"])
+@pytest.mark.parametrize("input", [None, "outliers left out", "static"], ids=str)
+def test_columns_kept_in_float_are_the_same_in_the_run_on_disk_in_transformers_and_resaved(
+    folders, tmp_path, arch, depth, input
+):
+    import transformers
+
+    rule = Rule(weight=W8, input=input and INPUTS[input], solver=Ldlq(), split=Split(threshold=2.0))
+    recipe = Recipe(name="split", rules=(rule,))
+    assert from_yaml(recipe.to_yaml()) == recipe
+    result = quantize(folders / arch, recipe, output=tmp_path / "out", calibration=SMALL, depth=depth)
+    assert result.difference == 0
+    assert result.plan.checkpoint == "native"
+    model, ids = fewbit.load(tmp_path / "out"), tiny_ids()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
+    theirs.save_pretrained(tmp_path / "again")
+    again = fewbit.load(tmp_path / "again")
+    assert torch.equal(logits(model, ids), logits(theirs, ids))
+    assert torch.equal(logits(model, ids), logits(again, ids))
+    rows = {row.layer: row for row in result.rows}
+    plain, kept = fewbit.load(folders / arch), 0
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QLinear):
+            continue
+        assert rows[name].apart == (0 if layer.apart is None else len(layer.apart_columns))
+        if layer.apart is not None:
+            kept += 1
+            original = weight_of(plain.get_submodule(name))[:, layer.apart_columns]
+            assert torch.equal(layer.apart, original.bfloat16())
+            assert f"{rows[name].apart} columns apart in float" in repr(layer)
+            assert rows[name].bits_per_weight == pytest.approx(layer.qweight.bits_per_weight)
+    assert kept
+    stored = fewbit.io.source.open_source(tmp_path / "out")
+    assert stored.bits_per_weight == pytest.approx(result.plan.bits_per_weight)
+
+
+def test_a_layer_with_columns_apart_is_the_float_one_on_what_both_parts_mean():
+    g = torch.Generator().manual_seed(0)
+    w, x = torch.randn(48, 64, generator=g), torch.randn(3, 5, 64, generator=g)
+    x[..., [4, 9]] *= 40
+    seen = Inputs(frozenset({Need.SAMPLE}), 1)
+    seen.add(x)
+    q = Split()(w, seen.stats(), lambda v, s: W8.quantize(v))
+    for activation in (None, TOKEN, INPUTS["outliers left out"]):
+        read = x if activation is None else activation(x, None, q.columns)
+        got = QLinear(q, activation=activation)(x)
+        torch.testing.assert_close(got, read @ q.dequantize().T, rtol=1e-4, atol=1e-3)
+
+
+def test_llm_int8_keeps_outliers_of_the_calibration_and_without_one_needs_no_text():
+    from fewbit.recipe import named
+
+    rule = named("llm-int8", {"threshold": "5"}).rules[0]
+    assert rule.split == Split(threshold=5.0)
+    assert rule.needs == {Need.SAMPLE}
+    assert not named("llm-int8", {"calibrate": "false"}).rules[0].needs
+
+
+def test_a_split_is_refused_where_it_cannot_be_made():
+    for wrong in ({"weight": None}, {"solver": Lwc()}, {"input": INPUTS["momentum"]}):
+        with pytest.raises(InputError, match="keeps columns apart"):
+            Rule(**{"weight": W8, "split": Split(), **wrong})
 
 
 def test_integer_products_equal_the_decoded_ones():

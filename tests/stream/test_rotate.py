@@ -55,10 +55,10 @@ def test_four_bits_run_with_inputs_rounded_in_the_rotated_basis(folders, tmp_pat
     assert from_yaml(recipe.to_yaml()) == recipe
     result = quantize(folders / "llama", recipe, output=tmp_path / "out", calibration=SMALL)
     assert result.difference < 1e-5
-    downs = [row for row in result.rows if row.layer.endswith("down_proj")]
-    assert downs
-    assert all(row.online for row in downs)
-    assert not any(row.online for row in result.rows if row not in downs)
+    writers = [row for row in result.rows if row.layer.endswith(("o_proj", "down_proj"))]
+    assert len(writers) == 4
+    assert all(row.online for row in writers)
+    assert not any(row.online for row in result.rows if row not in writers)
     assert torch.isfinite(logits(fewbit.load(tmp_path / "out"), tiny_ids())).all()
 
 

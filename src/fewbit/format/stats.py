@@ -19,6 +19,7 @@ class Need(StrEnum):
     GRAM = "gram"  # products of columns: [in, in]
     COLUMNS = "columns"  # mean and largest magnitude, least and largest value of each column: [in]
     SAMPLE = "sample"  # some of the rows
+    BLOCK = "block"  # none: the calls of the whole block, which a tuner runs itself
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from fewbit.recipe.higgs import higgs
 from fewbit.recipe.hqq import hqq
 from fewbit.recipe.mofq import mofq
 from fewbit.recipe.omniquant import omniquant
+from fewbit.recipe.peg import peg
 from fewbit.recipe.qoq import qoq
 from fewbit.recipe.quarot import quarot
 from fewbit.recipe.quip import quip, quip_sharp
@@ -39,6 +40,7 @@ RECIPES: tuple[Callable[..., Recipe], ...] = (
     fp8_dynamic,
     quanto,
     mofq,
+    peg,
     quarot,
     qoq,
     spinquant,
@@ -92,6 +94,6 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
 
 __all__ = [
     "RECIPES", "Alternative", "Recipe", "Rule", "autoround", "awq", "fp8", "fp8_dynamic", "from_yaml",
-    "gptq", "higgs", "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "omniquant", "qoq", "quanto",
+    "gptq", "higgs", "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "omniquant", "peg", "qoq", "quanto",
     "quarot", "quip", "quip_sharp", "rtn", "smoothquant", "spinquant", "w8a8",
 ]  # fmt: skip

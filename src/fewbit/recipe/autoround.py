@@ -26,7 +26,7 @@ def autoround(
     steps: int = 200,
     batch: int = 1,
     lr: float | None = None,
-    looks: int = 4,
+    looks: int = 2,
 ) -> Recipe:
     """Every linear layer of the blocks with learned rounding, weights only (asymmetric W4A16 by default)."""
     fmt = weight_format(

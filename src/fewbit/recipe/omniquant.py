@@ -27,7 +27,7 @@ def omniquant(
     steps: int = 100,
     batch: int = 1,
     lr: float = 0.05,
-    looks: int = 4,
+    looks: int = 2,
 ) -> Recipe:
     """Every linear layer of the blocks with learned ranges, weights only (W4A16, asymmetric, by default)."""
     fmt = weight_format(

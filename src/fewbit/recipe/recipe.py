@@ -93,7 +93,7 @@ class Rule:
         """Calibration statistics that this rule's solver or range rule uses."""
         if self.weight is None:
             return frozenset()
-        needs = set(self.solver.needs) | ({Need.COLUMNS} if self.split is not None else set())
+        needs = set(self.solver.needs) | ({Need.SAMPLE} if self.split is not None else set())
         for weight, input in self.choices:
             if weight.scale is not None and weight.range.wants_importance:
                 needs.add(Need.GRAM)

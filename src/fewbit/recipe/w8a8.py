@@ -59,8 +59,8 @@ def w8a8(
 def llm_int8(*, threshold: float = 6.0, calibrate: bool = True) -> Recipe:
     """LLM.int8(): int8 vector-wise; input columns with any |x| from ``threshold`` on stay in float.
 
-    Their weights, too, where the calibration meets them; calibrate=false needs no text and takes them from
-    the int8 codes.
+    Their weights, too, where they are outliers of the calibration; calibrate=false needs no text and takes
+    them from the int8 codes.
     """
     rule = w8a8(outliers=threshold).rules[0]
     split = Split(threshold=threshold) if calibrate else None

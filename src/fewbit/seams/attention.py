@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.nn.blocks import linears, weight_of
-from fewbit.seams.diagonal import SAME, _shift, _trace, change, first
+from fewbit.seams.diagonal import SAME, change, first, gain_shift, trace
 from fewbit.seams.trial import changed_by, checked, kept, powers_of_two, stirred
 from fewbit.transform.chooser import Kind
 
@@ -60,7 +60,7 @@ class KeySeam:
 def find_keys(block: nn.Module, call: Callable[[], object]) -> list[KeySeam]:
     """The seam of a block's attention, if there is one; ``call`` runs it once on at least two tokens."""
     call = stirred(block, call)
-    made, read = _trace(block, call)
+    made, read = trace(block, call)
     modules = linears(block)
     norms = [n for n, out in made if n not in modules and all(out is not x for x, _ in read)]
     for group in (norms, *(names for _, names in read)):
@@ -101,7 +101,7 @@ def _scale(module: nn.Module, s: Tensor, stored: torch.dtype | None) -> Tensor:
     keep = (lambda v: v) if stored is None else (lambda v: v.to(stored).to(v.dtype))
     bias = getattr(module, "bias", None)
     if module.weight.ndim == 1:
-        shift = _shift(module)
+        shift = gain_shift(module)
         old = module.weight + shift
         module.weight.copy_(keep(old * s - shift))
         new = module.weight + shift

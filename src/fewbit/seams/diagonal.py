@@ -45,7 +45,7 @@ class Seam:
 
 def find_seams(block: nn.Module, call: Callable[[], object]) -> list[Seam]:
     """Every seam of ``block`` in the order of its forward; ``call`` runs the block once on a few tokens."""
-    made, read = _trace(block, call)
+    made, read = trace(block, call)
     seams = []
     for tensor, names in read:
         producer = next((name for name, out in made if out is tensor), None)
@@ -58,8 +58,11 @@ def find_seams(block: nn.Module, call: Callable[[], object]) -> list[Seam]:
     return seams
 
 
-def _trace(block: nn.Module, call: Callable[[], object]):
-    """(norm, its output) in call order, and (tensor, linears that read it) in call order."""
+def trace(block: nn.Module, call: Callable[[], object]):
+    """[(norm, its output)] and [(tensor, linears that read this very tensor)], in the order of one ``call``.
+
+    Names are relative to the block.
+    """
     made: list[tuple[str, Tensor]] = []
     read: list[tuple[Tensor, list[str]]] = []
     done: set[str] = set()
@@ -175,7 +178,7 @@ def fold(block: nn.Module, seam: Seam, s: Tensor, stored: torch.dtype | None) ->
     kept = [(p, p.detach().clone()) for p in parameters]
     keep = (lambda v: v) if stored is None else (lambda v: v.to(stored).to(v.dtype))
     if seam.kind is Kind.NORM:
-        shift = _shift(producer)
+        shift = gain_shift(producer)
         gain = producer.weight.detach() + shift
         producer.weight.copy_(keep(gain / s - shift))
         new = producer.weight + shift
@@ -200,7 +203,7 @@ def fold(block: nn.Module, seam: Seam, s: Tensor, stored: torch.dtype | None) ->
     return undo
 
 
-def _shift(norm: nn.Module) -> float:
+def gain_shift(norm: nn.Module) -> float:
     """1 where the norm multiplies by 1 + weight (Gemma), else 0: what does it do with a weight of zero?"""
     old = norm.weight.detach().clone()
     try:

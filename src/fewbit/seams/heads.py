@@ -1,7 +1,8 @@
 """Rotations inside the heads, and in front of a linear where nothing can be folded.
 
     values   v <- v R per head, o's columns <- W_o R^-T per head      softmax(..) (V R) = (softmax(..) V) R
-    online   x <- x T at run time, W <- W T^-T                        for what a nonlinearity hands over
+    online   x <- x T at run time, W <- W T^-T                        for what a nonlinearity hands over, and
+                                                                      to mix the heads before o
 
 Query heads that share a KV head share its R. QuaRot, Ashkboos et al. 2024, https://arxiv.org/abs/2404.00456,
 section 4, stages 1b-1d; as a per-head map without online part it is R2 of SpinQuant, Liu et al. 2024,

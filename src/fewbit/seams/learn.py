@@ -13,8 +13,8 @@ W R takes R off again, so it computes
 and a hook that adds e R^T to the reader's input is the rotated, quantized model exactly. Rounding is passed
 straight through: e counts as a constant. The gradient to x is then the identity, and to R it is g^T e, where
 g is the loss's gradient to the input. (The rest of the straight-through gradient of Q(x R) R^T is R times a
-symmetric matrix, which Cayley SGD removes.) The other inputs are rounded in the basis they will have: per
-head before o, behind the online Hadamard map before down.
+symmetric matrix, which Cayley SGD removes.) The other inputs are rounded in the basis they will have:
+per head and behind the online Hadamard map before o, behind that map before down.
 
 A LayerNorm subtracts the mean, so there R must leave 1 alone: R = U [1 0; 0 R'] U with the reflection U that
 takes the first axis to 1 / sqrt(n), and R' [n - 1, n - 1] is learned.
@@ -28,7 +28,7 @@ Shapes: n channels; x, e, g [..., n]; tokens [windows, length] int64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,7 +41,7 @@ from fewbit.nn.blocks import linears, weight_of
 from fewbit.nn.linear import transform_input
 from fewbit.seams.heads import find_values
 from fewbit.seams.residual import find_residual, fold_gains
-from fewbit.seams.rotation import _calls, find_outside, stream_map
+from fewbit.seams.rotation import block_calls, find_outside, stream_map
 from fewbit.transform import Hadamard, Map, Orthogonal
 from fewbit.transform.cayley import cayley_step, retract
 from fewbit.transform.rotation import Rotation
@@ -150,7 +150,7 @@ def simulated(
     grads = [(p, p.requires_grad) for p in model.parameters()]
     undo = []
     try:
-        for name, block, call in _calls(model, probe):
+        for name, block, call in block_calls(model, probe):
             residual = find_residual(block, call)
             values = find_values(block, residual, call) if rotation.values else None
             fold_gains(block, residual)
@@ -159,16 +159,13 @@ def simulated(
                 activation = activations.get(f"{name}.{own}")
                 if activation is None:
                     continue
-                if own in readers:
-                    change = _reading(stream, activation)
-                elif values is not None and own == values.writer:
-                    change = _rounding(activation, Hadamard(values.head_dim, seed=rotation.seed))
-                elif own in residual.writers and rotation.online:
-                    size = weight_of(linear).shape[1]
-                    change = _rounding(activation, Hadamard(size, seed=rotation.seed))
-                else:
-                    change = _rounding(activation, None)
-                undo.append(transform_input(linear, change))
+                maps = []
+                if values is not None and own == values.writer:
+                    maps.append(Hadamard(values.head_dim, seed=rotation.seed))
+                if own in residual.writers and rotation.online:
+                    maps.append(Hadamard(weight_of(linear).shape[1], seed=rotation.seed))
+                read = _reading(stream, activation) if own in readers else _rounding(activation, maps)
+                undo.append(transform_input(linear, read))
         for p, _ in grads:
             p.requires_grad_(False)
 
@@ -211,16 +208,20 @@ def _reading(stream: _Stream, activation: Activation) -> Callable[[Tensor], Tens
     return change
 
 
-def _rounding(activation: Activation, t: Map | None) -> Callable[[Tensor], Tensor]:
-    """x -> Q(x T) T^-1 for a map that stays, per head where T is smaller than x; straight through."""
+def _rounding(activation: Activation, maps: Sequence[Map]) -> Callable[[Tensor], Tensor]:
+    """x -> Q(x T) T^-1 for maps that stay, T = T_1 T_2 .., each per head where it is smaller than x; straight
+    through.
+    """
 
     @torch.no_grad()
     def error(x: Tensor) -> Tensor:
         turned = x.float()
-        if t is not None:
+        for t in maps:
             turned = t.apply(turned.unflatten(-1, (-1, t.size))).flatten(-2)
         off = activation(turned) - turned
-        return off if t is None else t.invert(off.unflatten(-1, (-1, t.size))).flatten(-2)
+        for t in reversed(maps):
+            off = t.invert(off.unflatten(-1, (-1, t.size))).flatten(-2)
+        return off
 
     return lambda x: x + error(x).to(x.dtype)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.nn.blocks import linears, set_weight, weight_of
-from fewbit.seams.diagonal import SAME, _trace
+from fewbit.seams.diagonal import SAME, trace
 from fewbit.seams.trial import changed_by, checked, kept, stirred
 from fewbit.transform.chooser import Kind
 
@@ -37,7 +37,7 @@ def find_orders(block: nn.Module, call: Callable[[], object]) -> list[OrderSeam]
     """Every such seam in the order of the forward; ``call`` runs the block once on a few tokens."""
     modules, found = linears(block), []
     call = stirred(block, call)
-    _, read = _trace(block, call)
+    _, read = trace(block, call)
     for _, readers in read:
         n = weight_of(modules[readers[0]]).shape[1]
         if len(readers) > 1:

@@ -133,7 +133,7 @@ def rotate_stream(model: nn.Module, seed: int = 0, tokens: Tensor | None = None)
     tokens [b, t] int64, on which each block is proved; some are made up otherwise. Raises ``InputError``, and
     leaves the model as it was, where a part cannot be rotated. Holds the weights twice meanwhile.
     """
-    found = [(block, find_residual(block, call), call) for _, block, call in _calls(model, tokens)]
+    found = [(block, find_residual(block, call), call) for _, block, call in block_calls(model, tokens)]
     outside = find_outside(model)
     q = stream_map(outside, seed)
     with restored(model):
@@ -145,30 +145,32 @@ def rotate_stream(model: nn.Module, seed: int = 0, tokens: Tensor | None = None)
 @torch.no_grad()
 def rotate_model(model: nn.Module, seed: int = 0, tokens: Tensor | None = None) -> Rotated:
     """All of QuaRot's rotations on a float model in memory, in place: stream, values, and online Hadamards
-    (as hooks) before the writers whose input no fold can rotate. Its logits stay.
+    (as hooks) before the writers, whose inputs no fold can rotate as a whole. Its logits stay.
 
     For tests and small models; raises ``InputError`` as `rotate_stream` does.
     """
     done = rotate_stream(model, seed, tokens)
     values: list[str] = []
     online: dict[str, Map] = {}
-    for name, block, call in _calls(model, tokens):
+    for name, block, call in block_calls(model, tokens):
         residual = find_residual(block, call)
         here = find_values(block, residual, call)
         if here is not None:
             rotate_values_checked(block, here, Hadamard(here.head_dim, seed=seed), call)
             values.append(f"{name}.{here.source}")
         for writer in residual.writers:
-            if here is None or writer != here.writer:
-                module = block.get_submodule(writer)
-                t = online[f"{name}.{writer}"] = Hadamard(weight_of(module).shape[1], seed=seed)
-                fold_online(module, t)
-                transform_input(module, t.apply)
+            module = block.get_submodule(writer)
+            t = online[f"{name}.{writer}"] = Hadamard(weight_of(module).shape[1], seed=seed)
+            fold_online(module, t)
+            transform_input(module, t.apply)
     return replace(done, online=online, values=tuple(values))
 
 
-def _calls(model: nn.Module, tokens: Tensor | None) -> Iterator[tuple[str, nn.Module, object]]:
-    """(name, block, what runs it once) with the inputs that each block has in the model's forward."""
+def block_calls(model: nn.Module, tokens: Tensor | None) -> Iterator[tuple[str, nn.Module, object]]:
+    """(name, block, what runs it once) for each block, with the inputs it has in one forward of the model.
+
+    tokens [b, t] int64; None: 32 made up. The inputs of all blocks are held until the last one was yielded.
+    """
     if tokens is None:
         tokens = (torch.arange(1, 33) * 7919 % model.get_input_embeddings().num_embeddings)[None]
     blocks = find_blocks(model)

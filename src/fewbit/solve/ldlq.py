@@ -50,7 +50,7 @@ class Ldlq(Solver):
     static_groups: steps are fitted once on the original weights (needed with act_order), else each group is
     refitted when its first column is reached, on weights that carry the errors made so far; lazy: columns
     between two products with all past errors (speed only); passes: times that `refine` goes over all codes
-    afterwards (QuIP# makes 10).
+    afterwards, on the damped matrix as well (QuIP# makes 10).
     """
 
     damp: float = 0.01
@@ -115,7 +115,10 @@ def ldlq(ws: Sequence[Tensor], h: Tensor, fmt: Format, how: Ldlq) -> list[QTenso
         QTensor(codes=c.contiguous(), scale=p.scale, zero=p.zero, format=fmt, shape=w.shape)
         for w, c, p in zip(ws, parts, rounding.params(), strict=True)
     ]
-    return [refine(w, h, q, how.passes) for w, q in zip(ws, solved, strict=True)] if how.passes else solved
+    if not how.passes:
+        return solved
+    damped = h + how.damp * h.diagonal().mean() * torch.eye(n, dtype=h.dtype, device=h.device)
+    return [refine(w, damped, q, how.passes) for w, q in zip(ws, solved, strict=True)]
 
 
 class Rounding(Protocol):

@@ -98,7 +98,7 @@ class Tuner(Solver):
     steps: int = 200
     batch: int = 1
     lr: float | None = None
-    looks: int = 4
+    looks: int = 2
 
     def __post_init__(self):
         if self.steps < 1 or self.batch < 1 or not 1 <= self.looks <= self.steps or not self.rate > 0:
@@ -114,7 +114,7 @@ class Tuner(Solver):
 
     @property
     def needs(self):
-        return frozenset({Need.GRAM})
+        return frozenset({Need.BLOCK})
 
     def check(self, fmt):
         check(fmt)

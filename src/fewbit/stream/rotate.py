@@ -132,11 +132,10 @@ def rotate_block(block: nn.Module, rotation: Rotation, q: Map, stop: Stop) -> di
         rotate_values_checked(block, values, r, lambda: block(*stop.args, **stop.kwargs))
     online = {}
     for name in residual.writers if rotation.online else ():
-        if values is None or name != values.writer:
-            module = block.get_submodule(name)
-            online[name] = online_map(weight_of(module).shape[1], rotation)
-            fold_online(module, online[name])
-            transform_input(module, online[name].apply)
+        module = block.get_submodule(name)
+        online[name] = online_map(weight_of(module).shape[1], rotation)
+        fold_online(module, online[name])
+        transform_input(module, online[name].apply)
     return online
 
 

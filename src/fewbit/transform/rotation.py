@@ -1,8 +1,8 @@
 """Which rotations of QuaRot or SpinQuant a recipe asks for: plain data; ``fewbit.seams`` carries them out.
 
 Ashkboos et al. 2024, https://arxiv.org/abs/2404.00456: the residual stream by a random Hadamard map, folded
-into all weights that read or write it; the values head by head, folded into v and o; the inputs of the other
-writers (down) by a Hadamard map that runs at every call, since no fold can rotate them.
+into all weights that read or write it; the values head by head, folded into v and o; the inputs of the
+writers (o, across heads, and down) by a Hadamard map that runs at every call, since no fold can rotate them.
 
 Liu et al. 2024, https://arxiv.org/abs/2405.16406: the map of the stream is learned, starting from
 that Hadamard map.
@@ -18,7 +18,9 @@ from fewbit.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation:
-    """The residual stream, and with ``values`` and ``online`` what else is rotated; ``seed`` of the signs.
+    """The residual stream, and what else is rotated; ``seed`` of the signs.
+
+    values: head by head, folded. online: the inputs of o and down, by maps that run at every call.
 
     steps: updates of the stream's map, each from ``batch`` windows of calibration text, at a rate that falls
     from ``lr`` to 0 along a cosine; 0 leaves it the random Hadamard map.

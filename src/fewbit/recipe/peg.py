@@ -1,0 +1,31 @@
+"""PEG on linears: 8-bit inputs with a static step for each of K groups of columns, sorted by range first.
+
+    p = argsort_j(max x_j - min x_j)      x_j ~ (q_j - z_g) s_g,  g the group of j after sorting by p
+
+Bondarenko, Nagel, Blankevoort 2021, https://arxiv.org/abs/2109.12948, section 4. The paper groups the sums
+and norms of encoders, which are no inputs of linears: ``fewbit.recipe.encoder``. In a decoder the outliers
+are in what linears read, and that is rounded here.
+"""
+
+from __future__ import annotations
+
+from fewbit.format import FP32, Format, MinMax, Zero
+from fewbit.format.activation import Activation
+from fewbit.format.block import Columns
+from fewbit.grid import Int
+from fewbit.recipe.quarot import SOLVERS
+from fewbit.recipe.recipe import Recipe, Rule
+from fewbit.recipe.w8a8 import BLOCKS
+from fewbit.recipe.weights import choice
+
+
+def peg(*, groups: int = 6, weight: str = "channel", solver: str = "rtn") -> Recipe:
+    """W8A8: uint8 inputs with a static step and zero for each of ``groups`` groups of columns of like range.
+
+    weight: an int8 step per channel, or per tensor as in the paper. solver: gptq also makes up for weights
+    that meet outliers and are small beside their row.
+    """
+    w = Format(grid=Int(8), block=choice("weight", weight, BLOCKS), scale=FP32)
+    x = Format(grid=Int(8, signed=False), block=Columns(1), range=MinMax(), zero=Zero.INTEGER, scale=FP32)
+    input = Activation(format=x, static=True, groups=groups)
+    return Recipe(name="peg", rules=(Rule(weight=w, input=input, solver=choice("solver", solver, SOLVERS)),))
