@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fewbit.errors import InputError
 from fewbit.format.block import Block, Channel, Flat, Group, PerTensor
-from fewbit.format.fit import AbsMax, Progressive, Range
+from fewbit.format.fit import MSE, AbsMax, OutputMSE, Progressive, Range
 from fewbit.format.qtensor import QTensor, value_of
 from fewbit.grid.grid import Grid
 from fewbit.grid.integer import Int
@@ -95,6 +95,11 @@ class Format:
                 f"range {type(self.range).__name__} needs blocks within a row, Group(n) or Channel(), got "
                 f"{self.block}; use MSE"
             )
+        if self.grid.height > 1 and isinstance(self.range, MSE | OutputMSE):
+            raise InputError(
+                f"range {type(self.range).__name__} tries steps on one block at a time, and {self.grid.name} "
+                f"couples {self.grid.height} rows; use Gaussian()"
+            )
         if self.grid.width > 1:
             if self.range.scalar:
                 raise InputError(
@@ -154,6 +159,12 @@ class Format:
                 f"{self.grid.name} codes {width} columns at once, which does not divide the last side of "
                 f"{what} of shape {list(shape)}; choose a grid of another width or exclude this layer with a "
                 "rule"
+            )
+        height = self.grid.height
+        if height > 1 and (len(shape) < 2 or shape[-2] % height):
+            raise InputError(
+                f"{self.grid.name} codes tiles of {height} rows, which do not divide the rows of {what} of "
+                f"shape {list(shape)}; choose a grid without tiles or exclude this layer with a rule"
             )
         if self.scale is not None and self.scale.scale is not None:
             self.scale.check(self.block.scale_shape(shape), f"the steps of {what}")
@@ -216,7 +227,8 @@ class Format:
         dtype = _NATIVE.get(own.grid.name) if own.scale is None else None
         if dtype is not None:
             info = torch.finfo(dtype)
-            unused = 0.0 if self.grid.snap(raw.new_zeros(self.grid.width)).any() else 1.0
+            tile = self.grid.height > 1  # no walk through a trellis is all zero
+            unused = 0.0 if tile or self.grid.snap(raw.new_zeros(self.grid.width)).any() else 1.0
             return torch.where(raw > 0, raw, unused).clamp(info.smallest_normal, info.max).to(dtype)
         if not getattr(own.grid, "zero", True):  # powers of two: upwards, or up to 1.5 max would be clipped
             significand, e = torch.frexp(raw)
@@ -348,7 +360,7 @@ class Format:
         """
         own = self.scale
         local = own is not None and own.scale is None and self.zero is not Zero.MEAN
-        return local and isinstance(self.block, Channel | Group)
+        return local and isinstance(self.block, Channel | Group) and self.grid.height == 1
 
     # -- size
 

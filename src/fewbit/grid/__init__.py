@@ -13,6 +13,7 @@ from fewbit.grid.integer import Int
 from fewbit.grid.lattice import E8P, RESIDUALS, Residual
 from fewbit.grid.points import GAUSSIAN, Points
 from fewbit.grid.table import TABLES, Table, dynamic_map, lloyd_max, normal_quantiles
+from fewbit.grid.trellis import Trellis, parse_trellis
 
 INTEGERS: tuple[Int, ...] = (
     *(Int(bits) for bits in range(1, 9)),
@@ -46,6 +47,7 @@ __all__ = [
     "Residual",
     "Specials",
     "Table",
+    "Trellis",
     "by_name",
     "describe",
     "dynamic_map",
@@ -57,11 +59,12 @@ __all__ = [
 def by_name(name: str) -> Grid:
     """The grid of that name (case does not matter), e.g. "int4", "uint4", "e2m1", "nf4".
 
-    Fixed point of any split is named by it: "q2.5", "uq4.4" (`parse_fixed`), beside the ones listed. Raises
-    InputError that lists the nearest names when there is none.
+    Beside the ones listed, fixed point of any split is named by it ("q2.5", "uq4.4"), and a trellis by its
+    code, rate and state bits ("qtip-mad-2b-l16"). Raises InputError that lists the nearest names when there
+    is none.
     """
     key = str(name).lower()
-    grid = _BY_NAME.get(ALIASES.get(key, key)) or parse_fixed(key)
+    grid = _BY_NAME.get(ALIASES.get(key, key)) or parse_fixed(key) or parse_trellis(key)
     if grid is None:
         near = difflib.get_close_matches(key, [*_BY_NAME, *ALIASES], n=5, cutoff=0.5)
         remedy = f"did you mean {', '.join(near)}?" if near else "`fewbit formats` lists them"

@@ -48,9 +48,10 @@ class Grid(ABC):
     """The contract. Implementations are frozen dataclasses: hashable, compared by value, cheap to construct.
 
     ``name`` is unique among the named grids; ``bits`` are stored per code; ``width`` columns share one
-    decision (1 for every scalar grid); ``min`` and ``max`` are the smallest and largest finite values;
-    ``code_dtype`` is the dtype of canonical codes: int8 for signed integers, uint8 for everything else of up
-    to 8 bits, int16 or int32 (holding the bit pattern) beyond.
+    decision (1 for every scalar grid), and ``height`` rows (1 but for a trellis, whose `round` takes tiles of
+    16 rows on axis -3 of [..., rows, columns / width, width]); ``min`` and ``max`` are the smallest and
+    largest finite values; ``code_dtype`` is the dtype of canonical codes: int8 for signed integers, uint8 for
+    everything else of up to 8 bits, int16, int32 or int64 (holding the bit pattern) beyond.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Grid(ABC):
     max: float
     code_dtype: torch.dtype
     width: int = 1
+    height: int = 1
 
     @abstractmethod
     def round(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -114,11 +116,14 @@ class Grid(ABC):
     def to_unsigned(self, codes: Tensor) -> Tensor:
         """Canonical codes -> unsigned fields of ``bits`` bits, as packing stores them.
 
-        uint8 for up to 8 bits, int32 up to 31, int64 for 32. Two's complement integers become offset binary
-        (q + 2**(bits - 1)), as compressed-tensors packs them; everything else is its own bit pattern.
+        uint8 for up to 8 bits, int32 up to 31, int64 beyond (of 64 bits the pattern itself). Two's complement
+        integers become offset binary (q + 2**(bits - 1)), as compressed-tensors packs them; everything else
+        is its own bit pattern.
         """
         if self.bits <= 8:
             return codes.to(torch.uint8)
+        if self.bits == 64:
+            return codes
         wide = torch.int32 if self.bits < 32 else torch.int64
         return codes.to(wide) & (2**self.bits - 1)
 

@@ -3,9 +3,9 @@
     value(c) = sign_c * abs[c >> 8] +- 1/4,        abs: entries 1/2, 3/2, 5/2;  sign_c: from c & 255
 
 The unshifted points are half-integer with an even sum: D8 + 1/2, a coset of E8, the densest packing of R^8.
-The 256 patterns are the 227 of squared norm up to 10 and 29 listed ones of norm 12 (all but the norms' order
-is free; this is the reference's). Seven signs are stored; the eighth makes the sum even, and its place
-carries the shift, which doubles the points. 2 bits a weight at 0.0914 on N(0, 1), where the best scalars have
+The 256 patterns are the 227 of squared norm up to 10 and 29 of norm 12, those and in the order that the
+paper's checkpoints have. Seven signs are stored; the eighth makes the sum even, and its place carries the
+shift, which doubles the points. 2 bits a weight at 0.0914 on N(0, 1), where the best scalars have
 0.1175. QuIP#, Tseng et al. 2024, https://arxiv.org/abs/2402.04396, section 4.2 and appendix C.
 
     Residual:  value = first + second / gain,        second codes (x - first) * gain        (section 4.3)

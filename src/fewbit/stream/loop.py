@@ -91,7 +91,7 @@ class Loop:
         self.witness = (
             tokens[:1, :64] if tokens is not None else (torch.arange(1, 33) * 7919 % vocabulary)[None]
         )
-        forward = lambda ids: Flow(lambda: self.model(ids.to(device), use_cache=False).logits)  # noqa: E731
+        forward = lambda ids: Flow(lambda: self.model(ids.to(device), use_cache=False)[0])  # noqa: E731
         guide = forward(self.witness)
         flows = []
         if tokens is not None:

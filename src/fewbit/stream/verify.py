@@ -69,7 +69,7 @@ def stream_logits(source: Source, tokens: Tensor, device: str = "cpu") -> Tensor
     outside = [n for n in mapping if not n.startswith(inside)]
     materialize(model, outside, source, mapping, device, dtype)
     handles = [b.register_forward_pre_hook(wait, with_kwargs=True) for b in blocks.modules]
-    flow = Flow(lambda: model(tokens.to(device), use_cache=False).logits)
+    flow = Flow(lambda: model(tokens.to(device), use_cache=False)[0])
     try:
         for i, block in enumerate(blocks.modules):
             advance([flow], block)
