@@ -18,6 +18,7 @@ from fewbit.recipe.mofq import mofq
 from fewbit.recipe.omniquant import omniquant
 from fewbit.recipe.peg import peg
 from fewbit.recipe.qoq import qoq
+from fewbit.recipe.qtip import qtip
 from fewbit.recipe.quarot import quarot
 from fewbit.recipe.quip import quip, quip_sharp
 from fewbit.recipe.recipe import Alternative, Recipe, Rule, from_yaml
@@ -49,6 +50,7 @@ RECIPES: tuple[Callable[..., Recipe], ...] = (
     higgs,
     quip,
     quip_sharp,
+    qtip,
 )
 
 
@@ -94,6 +96,6 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
 
 __all__ = [
     "RECIPES", "Alternative", "Recipe", "Rule", "autoround", "awq", "fp8", "fp8_dynamic", "from_yaml",
-    "gptq", "higgs", "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "omniquant", "peg", "qoq", "quanto",
-    "quarot", "quip", "quip_sharp", "rtn", "smoothquant", "spinquant", "w8a8",
+    "gptq", "higgs", "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "omniquant", "peg", "qoq", "qtip",
+    "quanto", "quarot", "quip", "quip_sharp", "rtn", "smoothquant", "spinquant", "w8a8",
 ]  # fmt: skip

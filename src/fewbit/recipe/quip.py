@@ -60,7 +60,7 @@ def quip_sharp(
         range=Gaussian(rho=usual if rho is None else rho),
         scale=FP32,
     )
-    return _recipe("quip-sharp", fmt, spread, damp, passes, seed)
+    return _recipe("quip_sharp", fmt, spread, damp, passes, seed)
 
 
 def _recipe(name: str, fmt: Format, spread: str, damp: float, passes: int, seed: int) -> Recipe:
