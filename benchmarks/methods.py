@@ -1,6 +1,6 @@
 """Every method on one model, one calibration and one evaluation: the table of docs/results.md.
 
-    python benchmarks/methods.py [--data FOLDER] [--device cuda] [--only SUBSTRING] [--model FOLDER_OR_GGUF]
+    python benchmarks/methods.py [--data FOLDER] [--device cuda] [--only TEXT ...] [--model FOLDER_OR_GGUF]
                                  [--workers N]
 
 SmolLM2-135M, written as float32 first so that every device computes in float32. Calibration: 32 windows of
@@ -91,9 +91,25 @@ def w4a4() -> Recipe:
     return Recipe(name="w4a4", rules=(rule,))
 
 
+def qtip_rows(bits: str, codes: tuple[str, ...] = ("mad",)):
+    """QTIP at the state bits of a CPU and of a GPU."""
+    for code in codes:
+        for state_bits in ("12", "16"):
+            settings = {"bits": bits, "code": code, "state_bits": state_bits}
+            yield f"{bits} bit", f"QTIP, {code}, L = {state_bits}", named("qtip", settings)
+
+
 def rows():
     """(table, name, recipe)."""
     r = named
+    for bits in ("2", "3", "4"):
+        yield f"{bits} bit", "HIGGS, p = 2", r("higgs", {"bits": bits})
+        yield f"{bits} bit", "HIGGS, p = 2, GPTQ", r("higgs", {"bits": bits, "solver": "gptq"})
+        yield f"{bits} bit", "QuIP", r("quip", {"bits": bits})
+        yield f"{bits} bit", "QuIP#", r("quip-sharp", {"bits": bits, "passes": "3"})
+        yield from qtip_rows(bits, ("mad", "inst", "hyb") if bits == "2" else ("mad",))
+    yield "2 bit", "rtn, asymmetric", r("rtn", {**ASYM, "bits": "2"})
+    yield "2 bit", "GPTQ, asymmetric", r("gptq", {**ASYM, "bits": "2"})
     yield "8 bit", "int8, weights", r("int8", {})
     yield "8 bit", "fp8, weights", r("fp8", {})
     yield "8 bit", "W8A8 int8, absmax per token", r("w8a8", {})
@@ -164,8 +180,8 @@ def main():
     parser.add_argument("--data", type=Path, default=ROOT.parent.parent / "shared" / "data")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--only", default="")
-    parser.add_argument("--skip", default="\0")
+    parser.add_argument("--only", nargs="*", default=[""], help="rows whose names hold one of these")
+    parser.add_argument("--skip", nargs="*", default=[], help="rows that are left out")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further row after this time")
     parser.add_argument("--workers", type=int, default=1, help="rows at a time; OMP_NUM_THREADS is of each")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "methods.json")
@@ -188,7 +204,11 @@ def main():
     done["float"] = {"perplexity": floats.perplexity, "device": device_name(args.device)}
     del original, reference
     wanted = {f"{table}/{name}": recipe for table, name, recipe in rows()}
-    wanted = {k: r for k, r in wanted.items() if k not in done and args.only in k and args.skip not in k}
+    wanted = {
+        k: r
+        for k, r in wanted.items()
+        if k not in done and any(o in k for o in args.only) and not any(x in k for x in args.skip)
+    }
     with ProcessPoolExecutor(args.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
         jobs = {
             pool.submit(one, folder, key, recipe, args.device, calibration, tokens, protocol, stop): key
