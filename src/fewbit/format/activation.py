@@ -26,7 +26,7 @@ from torch import Tensor
 from fewbit.errors import InputError
 from fewbit.format.block import Channel, Columns, Group, PerTensor, Token
 from fewbit.format.fit import MinMax
-from fewbit.format.format import Format, Params, Zero
+from fewbit.format.format import Format, Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +92,16 @@ class Activation:
         rows = torch.cat([sample.float(), low[None].float(), high[None].float()])
         if self.groups is None:
             return self.format.fit(rows)
-        one, parts = replace(self.format, block=PerTensor()), []
-        for group in (high - low).argsort(stable=True).tensor_split(self.groups):
-            parts += [(group, one.fit(rows[:, group]))] if len(group) else []
-        scale = torch.cat([p.scale.expand(len(g)) for g, p in parts])
-        zero = None if self.format.zero is Zero.NONE else torch.cat([p.zero.expand(len(g)) for g, p in parts])
-        back = torch.cat([g for g, _ in parts]).argsort()
-        return Params(scale=scale[back], zero=None if zero is None else zero[back])
+        order = (high - low).argsort(stable=True)
+        size, rest = divmod(len(order), self.groups)
+        parts = []  # the first ``rest`` groups hold one column more
+        for n, columns in ((size + 1, order[: rest * (size + 1)]), (size, order[rest * (size + 1) :])):
+            if len(columns):
+                p = replace(self.format, block=Columns(n)).fit(rows[:, columns])
+                parts.append([None if v is None else v.repeat_interleave(n) for v in (p.scale, p.zero)])
+        back = order.argsort()
+        scale, zero = (None if v[0] is None else torch.cat(v)[back] for v in zip(*parts, strict=True))
+        return Params(scale=scale, zero=zero)
 
     def fit_range(self, low: Tensor, high: Tensor) -> Params:
         """Static steps from a range alone (the moving average of batches): low and high [in]."""

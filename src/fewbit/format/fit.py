@@ -90,11 +90,17 @@ class AbsMax(Range):
 
 @dataclass(frozen=True, kw_only=True)
 class MinMax(Range):
-    """The interval [min x, max x]."""
+    """The interval [min x, max x]; with ``clip`` below 1 that share of it, and what lies beyond saturates."""
+
+    clip: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.clip <= 1:
+            raise InputError(f"a share of {self.clip} of the range is outside (0, 1]; 1 clips nothing")
 
     def __call__(self, x, fmt, importance):
         lo, hi = torch.aminmax(x, dim=-1)
-        return lo, hi
+        return lo * self.clip, hi * self.clip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ class Need(StrEnum):
     """A statistic of the inputs of a layer."""
 
     GRAM = "gram"  # products of columns: [in, in]
+    CROSS = "cross"  # products of what rounding takes from columns with what it leaves: [in, in]
     COLUMNS = "columns"  # mean and largest magnitude, least and largest value of each column: [in]
     SAMPLE = "sample"  # some of the rows
     BLOCK = "block"  # none: the calls of the whole block, which a tuner runs itself
@@ -26,12 +27,14 @@ class Need(StrEnum):
 class Stats:
     """Calibration statistics, float32; None where nothing asked for them.
 
-    gram: H = X^T X / tokens [in, in]; mean_abs, low, high [in]: mean |x|, min x and max x of each column;
-    sample [rows, in]: evenly chosen tokens; batches [batches, 2]: least and largest value of each; tokens:
-    how many rows were seen.
+    gram: H = X^T X / tokens [in, in]; cross: K = (X - R)^T R / tokens [in, in], R the inputs X as the layers
+    read them, rounded (None where they are not); then gram is of R. mean_abs, low, high [in]: mean |x|, min x
+    and max x of each column; sample [rows, in]: evenly chosen tokens; batches [batches, 2]: least and largest
+    value of each; tokens: how many rows were seen.
     """
 
     gram: Tensor | None = None
+    cross: Tensor | None = None
     mean_abs: Tensor | None = None
     low: Tensor | None = None
     high: Tensor | None = None
@@ -58,7 +61,6 @@ class Stats:
     def divided(self, s: Tensor) -> Stats:
         """The statistics of x / s, s [in] positive."""
         over = lambda v: None if v is None else v / s  # noqa: E731
-        gram = None if self.gram is None else self.gram / s / s[:, None]
-        return replace(
-            self, gram=gram, mean_abs=over(self.mean_abs), low=over(self.low), high=over(self.high)
-        )
+        both = lambda v: None if v is None else v / s / s[:, None]  # noqa: E731
+        columns = {name: over(getattr(self, name)) for name in ("mean_abs", "low", "high")}
+        return replace(self, gram=both(self.gram), cross=both(self.cross), **columns)

@@ -15,17 +15,18 @@ from fewbit.format.block import Columns
 from fewbit.grid import Int
 from fewbit.recipe.quarot import SOLVERS
 from fewbit.recipe.recipe import Recipe, Rule
-from fewbit.recipe.w8a8 import BLOCKS
+from fewbit.recipe.w8a8 import BLOCKS, RANGES
 from fewbit.recipe.weights import choice
 
 
-def peg(*, groups: int = 6, weight: str = "channel", solver: str = "rtn") -> Recipe:
+def peg(*, groups: int = 6, weight: str = "channel", solver: str = "rtn", range: str = "minmax") -> Recipe:
     """W8A8: uint8 inputs with a static step and zero for each of ``groups`` groups of columns of like range.
 
     weight: an int8 step per channel, or per tensor as in the paper. solver: gptq also makes up for weights
-    that meet outliers and are small beside their row.
+    that meet outliers and are small beside their row. range: of each group: minmax, percentile, mse, octav.
     """
     w = Format(grid=Int(8), block=choice("weight", weight, BLOCKS), scale=FP32)
-    x = Format(grid=Int(8, signed=False), block=Columns(1), range=MinMax(), zero=Zero.INTEGER, scale=FP32)
+    fit = choice("range", range, RANGES) or MinMax()
+    x = Format(grid=Int(8, signed=False), block=Columns(1), range=fit, zero=Zero.INTEGER, scale=FP32)
     input = Activation(format=x, static=True, groups=groups)
     return Recipe(name="peg", rules=(Rule(weight=w, input=input, solver=choice("solver", solver, SOLVERS)),))

@@ -19,8 +19,10 @@ def spinquant(
     group_size: int = -1,
     grid: str | None = None,
     input_grid: str | None = None,
+    input_clip: float | None = None,
+    input_zero: str = "none",
     scale: str = "bf16",
-    solver: str = "gptq",
+    solver: str = "aimed",
     seed: int = 0,
     online: bool = True,
     steps: int = 100,
@@ -30,7 +32,8 @@ def spinquant(
     """QuaRot with its first rotation learned: steps of batch windows each, at rate lr; the whole model in
     memory.
 
-    steps=0 is QuaRot. The inputs must be quantized, as the rotation is learned from their errors.
+    steps=0 is QuaRot, whose settings the others are. The inputs must be quantized, as the rotation is learned
+    from their errors.
     """
     base = quarot(
         bits=bits,
@@ -38,6 +41,8 @@ def spinquant(
         group_size=group_size,
         grid=grid,
         input_grid=input_grid,
+        input_clip=input_clip,
+        input_zero=input_zero,
         scale=scale,
         solver=solver,
         seed=seed,

@@ -1,5 +1,6 @@
 """Solvers: pure functions that choose codes."""
 
+from fewbit.solve.aim import Aimed
 from fewbit.solve.hqq import Hqq
 from fewbit.solve.ldlq import Ldlq, ldlq
 from fewbit.solve.lwc import Lwc
@@ -7,10 +8,11 @@ from fewbit.solve.rtn import Rtn
 from fewbit.solve.signround import SignRound
 from fewbit.solve.solver import Need, Solver, SolverWarning, Stats
 
-SOLVERS = (Rtn, Ldlq, Hqq, Lwc, SignRound)
+SOLVERS = (Rtn, Ldlq, Hqq, Lwc, SignRound, Aimed)
 
 __all__ = [
     "SOLVERS",
+    "Aimed",
     "Hqq",
     "Ldlq",
     "Lwc",

@@ -251,7 +251,8 @@ class Loop:
 
     def _inputs(self, group: list[PlannedLayer]) -> Inputs:
         """An accumulator of what the layers of a group need of their common input."""
-        return Inputs(frozenset().union(*(layer.rule.needs for layer in group)), len(self.flows))
+        needs = frozenset().union(*(layer.rule.needs for layer in group))
+        return Inputs(needs, len(self.flows), [layer.activation for layer in group])
 
     def _fold(self, block, name, layers, flows, stop) -> Notes:
         """Choose and fold the recipe's maps at the seams of a block."""
