@@ -10,7 +10,7 @@ from fewbit.format import FP32, Channel, Format, Token
 from fewbit.format.activation import Activation
 from fewbit.grid import by_name
 from fewbit.recipe import Recipe, Rule, from_yaml, higgs
-from fewbit.solve import Ldlq
+from fewbit.solve import Aimed, Ldlq
 from fewbit.stream.data import Calibration
 from fewbit.stream.quantize import quantize
 from fewbit.transform import Incoherence
@@ -90,6 +90,8 @@ def test_what_cannot_be_is_refused():
     static = Activation(format=Format(grid=by_name("int8"), scale=FP32), static=True)
     with pytest.raises(InputError, match="static steps for inputs in a basis"):
         Rule(weight=W8, input=static, basis=BASIS)
+    with pytest.raises(InputError, match="aims weights"):
+        Rule(weight=W8, input=A8, solver=Aimed(), basis=BASIS)
     with pytest.raises(InputError, match="twice at every call"):
         Recipe(name="both", rules=(Rule(weight=W8, basis=BASIS),), rotation=Rotation())
     with pytest.raises(InputError, match="leave 1 points"):

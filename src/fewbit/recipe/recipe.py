@@ -59,6 +59,11 @@ class Rule:
             self._check_split()
         for one in self.alternatives:
             self.solver.check(one.weight)
+        if self.basis is not None and Need.CROSS in self.solver.needs:
+            raise InputError(
+                f"rule {self.match!r} aims weights at rounded inputs in a basis of their own, which is not "
+                "built; use a solver that does not aim, or a rotation of the model"
+            )
         if self.basis is not None and self.input is not None and self.input.static:
             raise InputError(
                 f"rule {self.match!r} has static steps for inputs in a basis of their own; use dynamic ones"
