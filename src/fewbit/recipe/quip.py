@@ -28,7 +28,7 @@ def quip(
     spread: str = "kronecker",
     block: str = "tensor",
     damp: float = 0.01,
-    passes: int = 10,
+    passes: int = 1,
     seed: int = 0,
 ) -> Recipe:
     """Every linear layer of the blocks on integers in a random orthogonal basis, by LDLQ and its passes."""
@@ -49,7 +49,7 @@ def quip_sharp(
     spread: str = "hadamard",
     block: str = "tensor",
     damp: float = 0.01,
-    passes: int = 10,
+    passes: int = 1,
     seed: int = 0,
 ) -> Recipe:
     """Every linear layer of the blocks on E8P in a Hadamard basis, by LDLQ of 8 columns and its passes."""
