@@ -20,7 +20,7 @@ E8 = {
     "2": ("e8p", 1.03),
     "3": ("e8p-3b", 0.98),
     "4": ("e8p-4b", 0.93),
-}  # grid, rho: the least error on N(0, 1)
+}  # rho: the least error on N(0, 1)
 SPREADS = {str(s): s for s in Spread}
 BLOCKS = {"tensor": PerTensor(), "row": Channel()}
 
