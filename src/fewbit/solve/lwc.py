@@ -4,7 +4,8 @@
 
 with two logits per block, learned by AdamW through the block (see ``tune``); a symmetric format has one,
 s = sigma(gamma) max|W| / reach, on any grid. Ranges only shrink. The logits start where the format's range
-rule ends, at most at ``init``: 4 with min-max ranges (sigma(4) = 0.982), as in the paper.
+rule ends, at most at ``init``: 4 with min-max ranges (sigma(4) = 0.982), as in the paper, and from 5 bits on
+where half a step is clipped (0.982 of the range of 8 bits would clip two steps of every block's end).
 
 Shao, Chen, Zhang, Xu, Zhao, Li, Zhang, Gao, Qiao, Luo 2023, https://arxiv.org/abs/2308.13137.
 
@@ -15,6 +16,7 @@ step itself (LSQ, PACT): its gradient depends on the number of weights in a bloc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +35,8 @@ class Lwc(Tuner):
         return 1e-2 if self.lr is None else self.lr
 
     def leaves(self, layer):
-        return [share.logit().clamp(-self.init, self.init) for share in (layer.low, layer.high)]
+        top = max(self.init, math.log(2 * layer.format.reach))
+        return [share.logit().clamp(-self.init, top) for share in (layer.low, layer.high)]
 
     def place(self, layer, leaves):
         return *layer.ends(*(p.sigmoid() for p in leaves)), None

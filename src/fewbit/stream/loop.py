@@ -37,10 +37,11 @@ from fewbit.seams.diagonal import first
 from fewbit.solve import Rtn, SolverWarning
 from fewbit.solve.tune import Tuner
 from fewbit.stream.blocks import Blocks, set_weight, watch, weight_of
-from fewbit.stream.choose import choose, error, static_params, tune_layers
+from fewbit.stream.choose import choose, error, static_params
 from fewbit.stream.fold import Notes, fold_maps
 from fewbit.stream.inputs import Inputs
 from fewbit.stream.job import Job
+from fewbit.stream.let import tune_layers
 from fewbit.stream.plan import Plan, PlannedLayer, codec
 from fewbit.stream.progress import LayerRow, Progress
 from fewbit.stream.rotate import online_map, outer_tensors, rotate_block, rotate_ends, round_to
@@ -171,7 +172,7 @@ class Loop:
             tuned = {m for m, layer in layers.items() if isinstance(layer.rule.solver, Tuner)}
             missed = [layer for m, layer in layers.items() if m not in reached | tuned]
             rows = []
-            self._tune(block, name, layers, flows, out, rows)
+            self._tune(block, name, layers, flows, stop, out, rows)
             groups = [g for group in groups if (g := [x for x in group if x.module not in out])]
             solve = self._at_linears if self.plan.depth == "linear" else self._at_block
             solve(block, groups, guide, flows, out, rows)
@@ -267,7 +268,7 @@ class Loop:
             self.plan.source.dtype,
         )
 
-    def _tune(self, block, name, layers, flows, out, rows) -> None:
+    def _tune(self, block, name, layers, flows, stop, out, rows) -> None:
         """Solve the layers whose solver learns from the whole block, each solver's together."""
         tuners = dict.fromkeys(x.rule.solver for x in layers.values() if isinstance(x.rule.solver, Tuner))
         if not tuners:
@@ -277,8 +278,11 @@ class Loop:
             start, own = time.perf_counter(), {m: x for m, x in layers.items() if x.rule.solver == tuner}
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", SolverWarning)
-                tuned = tune_layers(block, name, own, tuner, calls, self.float_outputs)
-            said = tuple(str(c.message) for c in caught if issubclass(c.category, SolverWarning))
+                tuned, note = tune_layers(
+                    block, name, own, tuner, calls, self.float_outputs,
+                    lambda: _outside_flow(block, stop), self.plan.source.dtype,
+                )  # fmt: skip
+            said = note + tuple(str(c.message) for c in caught if issubclass(c.category, SolverWarning))
             seconds = (time.perf_counter() - start) / len(own)
             for m, layer in own.items():
                 part = weight_of(self.model.get_submodule(m)).detach().float()
