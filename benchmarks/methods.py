@@ -201,7 +201,7 @@ def main():
     done = json.loads(args.results.read_text()) if args.results.exists() else {}
     reference = fewbit.load(folder / "plain", device=args.device, dtype=torch.float32)
     floats = fewbit.evaluate(reference, tokens, protocol)
-    done["float"] = {"perplexity": floats.perplexity, "device": device_name(args.device)}
+    done["float"] = {"perplexity": floats.perplexity}
     del original, reference
     wanted = {f"{table}/{name}": recipe for table, name, recipe in rows()}
     wanted = {
@@ -242,7 +242,7 @@ def one(folder, key, recipe, device, calibration, tokens, protocol, stop: float)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     row = {
         "bits": result.plan.bits_per_weight, "wall_seconds": time.perf_counter() - start,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime, "device": device_name(device),
         "peak_bytes": 1024 * usage.ru_maxrss if device == "cpu" else torch.cuda.max_memory_allocated(),
     }  # fmt: skip
     reference = fewbit.load(folder / "plain", device=device, dtype=torch.float32)
@@ -254,24 +254,29 @@ def one(folder, key, recipe, device, calibration, tokens, protocol, stop: float)
 
 def device_name(device: str) -> str:
     """What the figures were taken on."""
-    return "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
+    return "CPU" if device == "cpu" else torch.cuda.get_device_name(device).split()[1]
 
 
 def markdown(done: dict) -> str:
     """The tables."""
-    seconds = "cpu" if done["float"]["device"] == "CPU" else "wall"
-    lines = ["Printed by `python benchmarks/methods.py` (its first lines say what is measured)."]
-    lines += [f"Float: perplexity {done['float']['perplexity']:.2f}. Device: {done['float']['device']}.", ""]
+    lines = [
+        "Printed by `python benchmarks/methods.py` (its first lines say what is measured). Seconds are those"
+    ]
+    lines += [
+        "of the processor, all threads, or of the clock on a GPU, with other rows running beside. Float:"
+    ]
+    lines += [f"perplexity {done['float']['perplexity']:.2f}.", ""]
     order = [(table, name) for table, name, _ in rows() if f"{table}/{name}" in done]
     for table in dict.fromkeys(table for table, _ in order):
         lines += [f"## {table}", ""]
-        lines += [f"| method | bits / weight | KL | ± | top-1 % | perplexity | {seconds} s | MB |"]
-        lines += ["|---|--:|--:|--:|--:|--:|--:|--:|"]
+        lines += ["| method | bits / weight | KL | ± | top-1 % | perplexity | s | MB | on |"]
+        lines += ["|---|--:|--:|--:|--:|--:|--:|--:|---|"]
         for name in (name for of, name in order if of == table):
             r = done[f"{table}/{name}"]
+            seconds = r["cpu_seconds" if r["device"] == "CPU" else "wall_seconds"]
             lines.append(
                 f"| {name} | {r['bits']:.3f} | {r['kl']:.4f} | {r['kl_error']:.4f} | {100 * r['top1']:.1f} | "
-                f"{r['perplexity']:.2f} | {r[seconds + '_seconds']:.0f} | {r['peak_bytes'] / 1e6:.0f} |"
+                f"{r['perplexity']:.2f} | {seconds:.0f} | {r['peak_bytes'] / 1e6:.0f} | {r['device']} |"
             )
         lines.append("")
     return "\n".join(lines)
