@@ -1,6 +1,7 @@
 """Every method on one model, one calibration and one evaluation: the table of docs/results.md.
 
-    python benchmarks/methods.py [--data FOLDER] [--device cuda] [--only SUBSTRING] [--model FOLDER_OR_GGUF]
+    python benchmarks/methods.py [--data FOLDER] [--device cuda] [--only TEXT ...] [--model FOLDER_OR_GGUF]
+                                 [--workers N]
 
 SmolLM2-135M, written as float32 first so that every device computes in float32. Calibration: 32 windows of
 512 tokens of WikiText-2 validation, seed 0. Evaluation of the checkpoint as it was saved: WikiText-2 raw
@@ -22,10 +23,11 @@ import shutil
 import tempfile
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from int8_ladder import plant
@@ -89,9 +91,25 @@ def w4a4() -> Recipe:
     return Recipe(name="w4a4", rules=(rule,))
 
 
+def qtip_rows(bits: str, codes: tuple[str, ...] = ("mad",)):
+    """QTIP at the state bits of a CPU and of a GPU."""
+    for code in codes:
+        for state_bits in ("12", "16"):
+            settings = {"bits": bits, "code": code, "state_bits": state_bits}
+            yield f"{bits} bit", f"QTIP, {code}, L = {state_bits}", named("qtip", settings)
+
+
 def rows():
     """(table, name, recipe)."""
     r = named
+    for bits in ("2", "3", "4"):
+        yield f"{bits} bit", "HIGGS, p = 2", r("higgs", {"bits": bits})
+        yield f"{bits} bit", "HIGGS, p = 2, GPTQ", r("higgs", {"bits": bits, "solver": "gptq"})
+        yield f"{bits} bit", "QuIP", r("quip", {"bits": bits})
+        yield f"{bits} bit", "QuIP#", r("quip-sharp", {"bits": bits, "passes": "3"})
+        yield from qtip_rows(bits, ("mad", "inst", "hyb") if bits == "2" else ("mad",))
+    yield "2 bit", "rtn, asymmetric", r("rtn", {**ASYM, "bits": "2"})
+    yield "2 bit", "GPTQ, asymmetric", r("gptq", {**ASYM, "bits": "2"})
     yield "8 bit", "int8, weights", r("int8", {})
     yield "8 bit", "fp8, weights", r("fp8", {})
     yield "8 bit", "W8A8 int8, absmax per token", r("w8a8", {})
@@ -162,12 +180,13 @@ def main():
     parser.add_argument("--data", type=Path, default=ROOT.parent.parent / "shared" / "data")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--only", default="")
-    parser.add_argument("--skip", default="\0")
+    parser.add_argument("--only", nargs="*", default=[""], help="rows whose names hold one of these")
+    parser.add_argument("--skip", nargs="*", default=[], help="rows that are left out")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further row after this time")
+    parser.add_argument("--workers", type=int, default=1, help="rows at a time; OMP_NUM_THREADS is of each")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "methods.json")
     args = parser.parse_args()
-    began, protocol = time.perf_counter(), Protocol()
+    protocol, stop = Protocol(), time.time() + 60 * args.minutes
     folder = Path(tempfile.mkdtemp())
     source = open_source(args.model)
     tokens = windows(source.tokenizer(), read_text(args.data / "wikitext2_raw_test.txt"), protocol)
@@ -179,74 +198,85 @@ def main():
     calibration = fewbit.Calibration(
         source=str(args.data / "wikitext2_raw_valid.txt"), samples=32, seqlen=512, seed=0
     )
-    reference = fewbit.load(folder / "plain", device=args.device, dtype=torch.float32)
     done = json.loads(args.results.read_text()) if args.results.exists() else {}
+    reference = fewbit.load(folder / "plain", device=args.device, dtype=torch.float32)
     floats = fewbit.evaluate(reference, tokens, protocol)
-    done["float"] = {"perplexity": floats.perplexity, "device": device_name(args.device)}
-    for table, name, recipe in rows():
-        key = f"{table}/{name}"
-        if key in done or args.only not in key or args.skip in key:
-            continue
-        if time.perf_counter() - began > 60 * args.minutes:
-            print("no time for", key, flush=True)
-            continue
-        try:
-            done[key] = one(folder, table, recipe, args.device, calibration, tokens, protocol, reference)
-        except Exception:
-            print(key, traceback.format_exc(), flush=True)
-            shutil.rmtree(folder / "out.partial", ignore_errors=True)
-            continue
-        print(key, json.dumps(done[key]), flush=True)
-        args.results.write_text(json.dumps(done, indent=1))
+    done["float"] = {"perplexity": floats.perplexity}
+    del original, reference
+    wanted = {f"{table}/{name}": recipe for table, name, recipe in rows()}
+    wanted = {
+        k: r
+        for k, r in wanted.items()
+        if k not in done and any(o in k for o in args.only) and not any(x in k for x in args.skip)
+    }
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
+        jobs = {
+            pool.submit(one, folder, key, recipe, args.device, calibration, tokens, protocol, stop): key
+            for key, recipe in wanted.items()
+        }
+        for job in as_completed(jobs):
+            key = jobs[job]
+            try:
+                row = job.result()
+            except Exception:
+                print(key, traceback.format_exc(), flush=True)
+                continue
+            if row is None:
+                print("no time for", key, flush=True)
+                continue
+            done[key] = row
+            print(key, json.dumps(row), flush=True)
+            args.results.write_text(json.dumps(done, indent=1))
     shutil.rmtree(folder)
     if args.results.parent == ROOT / "results":
         (ROOT / "results" / "methods.md").write_text(markdown(done))
 
 
-def quantized(model: Path, out: Path, recipe: Recipe, device: str, calibration) -> dict:
-    """What quantizing took, in a process that did nothing before."""
+def one(folder, key, recipe, device, calibration, tokens, protocol, stop: float) -> dict | None:
+    """Quantize, in a process that did nothing before, and evaluate what was saved; None after ``stop``."""
+    if time.time() > stop:
+        return None
+    model, out = folder / ("planted" if key.startswith("planted/") else "plain"), folder / quote(key, "")
     start = time.perf_counter()
     result = fewbit.quantize(model, recipe, output=out, calibration=calibration, device=device)
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return {
+    row = {
         "bits": result.plan.bits_per_weight, "wall_seconds": time.perf_counter() - start,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime, "device": device_name(device),
         "peak_bytes": 1024 * usage.ru_maxrss if device == "cpu" else torch.cuda.max_memory_allocated(),
     }  # fmt: skip
-
-
-def one(folder, table, recipe, device, calibration, tokens, protocol, reference) -> dict:
-    """Quantize, evaluate what was saved, forget it."""
-    model, out = folder / ("planted" if table == "planted" else "plain"), folder / "out"
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        cost = pool.submit(quantized, model, out, recipe, device, calibration).result()
+    reference = fewbit.load(folder / "plain", device=device, dtype=torch.float32)
     loaded = fewbit.load(out, device=device, dtype=torch.float32)
     got = fewbit.evaluate(loaded, tokens, protocol, against=reference)
     shutil.rmtree(out)
-    score = {"kl": got.kl, "kl_error": got.kl_error, "top1": got.top1, "perplexity": got.perplexity}
-    return cost | score
+    return row | {"kl": got.kl, "kl_error": got.kl_error, "top1": got.top1, "perplexity": got.perplexity}
 
 
 def device_name(device: str) -> str:
     """What the figures were taken on."""
-    return "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
+    return "CPU" if device == "cpu" else torch.cuda.get_device_name(device).split()[1]
 
 
 def markdown(done: dict) -> str:
     """The tables."""
-    seconds = "cpu" if done["float"]["device"] == "CPU" else "wall"
-    lines = ["Printed by `python benchmarks/methods.py` (its first lines say what is measured)."]
-    lines += [f"Float: perplexity {done['float']['perplexity']:.2f}. Device: {done['float']['device']}.", ""]
+    lines = [
+        "Printed by `python benchmarks/methods.py` (its first lines say what is measured). Seconds are those"
+    ]
+    lines += [
+        "of the processor, all threads, or of the clock on a GPU, with other rows running beside. Float:"
+    ]
+    lines += [f"perplexity {done['float']['perplexity']:.2f}.", ""]
     order = [(table, name) for table, name, _ in rows() if f"{table}/{name}" in done]
     for table in dict.fromkeys(table for table, _ in order):
         lines += [f"## {table}", ""]
-        lines += [f"| method | bits / weight | KL | ± | top-1 % | perplexity | {seconds} s | MB |"]
-        lines += ["|---|--:|--:|--:|--:|--:|--:|--:|"]
+        lines += ["| method | bits / weight | KL | ± | top-1 % | perplexity | s | MB | on |"]
+        lines += ["|---|--:|--:|--:|--:|--:|--:|--:|---|"]
         for name in (name for of, name in order if of == table):
             r = done[f"{table}/{name}"]
+            seconds = r["cpu_seconds" if r["device"] == "CPU" else "wall_seconds"]
             lines.append(
                 f"| {name} | {r['bits']:.3f} | {r['kl']:.4f} | {r['kl_error']:.4f} | {100 * r['top1']:.1f} | "
-                f"{r['perplexity']:.2f} | {r[seconds + '_seconds']:.0f} | {r['peak_bytes'] / 1e6:.0f} |"
+                f"{r['perplexity']:.2f} | {seconds:.0f} | {r['peak_bytes'] / 1e6:.0f} | {r['device']} |"
             )
         lines.append("")
     return "\n".join(lines)

@@ -72,7 +72,6 @@ def test_it_is_plain_data_that_asks_for_what_its_solver_does_and_for_both_produc
     solver = Aimed(solver=Hqq(), damp=0.3)
     assert from_plain(to_plain(solver), SOLVERS) == solver
     assert solver.needs == Hqq().needs | {Need.GRAM, Need.CROSS}
-    assert solver.couples_rows == Hqq().couples_rows
 
 
 def test_columns_without_any_input_keep_their_weights():

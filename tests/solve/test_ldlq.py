@@ -7,9 +7,21 @@ import pytest
 import torch
 
 from fewbit.errors import InputError
-from fewbit.format import FP32, MSE, Channel, Format, Gaussian, Group, MinMax, Zero, format_by_name, value_of
+from fewbit.format import (
+    FP32,
+    MSE,
+    Channel,
+    Format,
+    Gaussian,
+    Group,
+    MinMax,
+    PerTensor,
+    Zero,
+    format_by_name,
+    value_of,
+)
 from fewbit.grid import by_name
-from fewbit.solve import Ldlq, Rtn, SolverWarning, Stats, ldlq
+from fewbit.solve import Ldlq, Rtn, SolverWarning, Stats
 from fewbit.solve.ldlq import unit_factor
 
 
@@ -22,6 +34,10 @@ def layer(seed=0, out=48, n=128, tokens=1000):
     )
     x = torch.randn(tokens, n, generator=g, dtype=torch.float64) @ mix
     return w, x.t() @ x / tokens
+
+
+def ldlq(w, h, fmt, how):
+    return how(w, Stats(gram=h), fmt)
 
 
 def literal_gptq(w, h, fmt, damp=0.01, order=None):
@@ -224,3 +240,24 @@ def test_nested_steps_serve_the_solver_as_they_are_stored(name):
     assert output_error(w, solved, h) < 0.7 * output_error(w, rounded, h)
     white = ldlq(w, torch.eye(len(h), dtype=h.dtype), fmt, Ldlq())
     assert torch.equal(white.codes, rounded.codes)
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int3-asym"])
+@pytest.mark.parametrize("how", [Ldlq(), Ldlq(act_order=False, static_groups=False)])
+def test_matrices_that_read_one_input_are_solved_together_as_they_are_alone(name, how):
+    w, h = layer()
+    parts = w.split([16, 7, 25])
+    together = how.together(parts, Stats(gram=h), FORMATS[name])
+    for part, q in zip(parts, together, strict=True):
+        alone = how(part, Stats(gram=h), FORMATS[name])
+        assert torch.equal(q.codes, alone.codes)
+        assert torch.equal(q.dequantize(), alone.dequantize())
+
+
+def test_a_step_per_tensor_stays_within_its_matrix():
+    w, h = layer()
+    parts = [w[:16], 10 * w[16:]]
+    fmt = Format(grid=by_name("int4"), block=PerTensor(), scale=FP32)
+    small, large = Ldlq().together(parts, Stats(gram=h), fmt)
+    assert torch.equal(small.dequantize(), ldlq(parts[0], h, fmt, Ldlq()).dequantize())
+    assert value_of(large.scale) > 5 * value_of(small.scale)

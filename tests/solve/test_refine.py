@@ -8,7 +8,7 @@ import torch
 from fewbit.errors import InputError
 from fewbit.format import FP32, Channel, Format, Gaussian, Group, MinMax, PerTensor, Zero
 from fewbit.grid import by_name
-from fewbit.solve import Ldlq, Rtn, Stats, ldlq
+from fewbit.solve import Ldlq, Rtn, Stats
 from fewbit.solve.refine import refine
 
 
@@ -41,11 +41,15 @@ FORMATS = {
 }
 
 
+def ldlq(w, h, fmt, how):
+    return how(w, Stats(gram=h), fmt)
+
+
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_no_pass_raises_the_error_of_any_row(fmt):
     for seed in range(3):
         w, h = layer(seed)
-        for q in (ldlq(w, h, fmt, Ldlq()), Rtn()(w, Stats(gram=h), fmt)):
+        for q in (Ldlq()(w, Stats(gram=h), fmt), Rtn()(w, Stats(gram=h), fmt)):
             errors = [row_errors(w, q, h)]
             for _ in range(3):
                 q = refine(w, h, q, 1)

@@ -6,6 +6,7 @@ loop gathers those and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -53,6 +54,12 @@ class Stats:
     def abs_max(self) -> Tensor | None:
         """Largest magnitude of each column [in]."""
         return None if self.high is None else self.high.maximum(-self.low)
+
+    def mapped(self, apply: Callable[..., Tensor]) -> Stats:
+        """The statistics of x T, ``apply(x, axis)`` = x T along an axis; those of single columns are lost."""
+        gram = None if self.gram is None else apply(apply(self.gram, -2), -1)
+        sample = None if self.sample is None else apply(self.sample, -1)
+        return replace(self, gram=gram, sample=sample, mean_abs=None, low=None, high=None)
 
     def divided(self, s: Tensor) -> Stats:
         """The statistics of x / s, s [in] positive."""

@@ -11,6 +11,7 @@ from fewbit.grid.floating import FLOATS, Float, Specials
 from fewbit.grid.grid import Description, Grid, describe
 from fewbit.grid.integer import Int
 from fewbit.grid.lattice import E8P, RESIDUALS, Residual
+from fewbit.grid.learned import Learned, parse_learned
 from fewbit.grid.points import GAUSSIAN, Points
 from fewbit.grid.table import TABLES, Table, dynamic_map, lloyd_max, normal_quantiles
 from fewbit.grid.trellis import Trellis, parse_trellis
@@ -43,6 +44,7 @@ __all__ = [
     "Float",
     "Grid",
     "Int",
+    "Learned",
     "Points",
     "Residual",
     "Specials",
@@ -60,11 +62,12 @@ def by_name(name: str) -> Grid:
     """The grid of that name (case does not matter), e.g. "int4", "uint4", "e2m1", "nf4".
 
     Beside the ones listed, fixed point of any split is named by it ("q2.5", "uq4.4"), and a trellis by its
-    code, rate and state bits ("qtip-mad-2b-l16"). Raises InputError that lists the nearest names when there
-    is none.
+    code, rate and state bits ("qtip-mad-2b-l16"), learned tables by width, bits and books
+    ("learned-p8-b8-x2"). Raises InputError that lists the nearest names when there is none.
     """
     key = str(name).lower()
-    grid = _BY_NAME.get(ALIASES.get(key, key)) or parse_fixed(key) or parse_trellis(key)
+    grid = _BY_NAME.get(ALIASES.get(key, key))
+    grid = grid or parse_fixed(key) or parse_trellis(key) or parse_learned(key)
     if grid is None:
         near = difflib.get_close_matches(key, [*_BY_NAME, *ALIASES], n=5, cutoff=0.5)
         remedy = f"did you mean {', '.join(near)}?" if near else "`fewbit formats` lists them"

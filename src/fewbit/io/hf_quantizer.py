@@ -102,6 +102,7 @@ class _Packed(nn.Module):
             activation=entry.activation,
             params=inputs.from_dict("", stored, entry.activation, entry.shape[1]),
             online=entry.online,
+            output=entry.output,
         )
 
 

@@ -39,6 +39,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
             activation=entry.activation,
             params=None if params is None else params.to(device),
             online=entry.online,
+            output=entry.output,
         )
         model.set_submodule(name, layer)
     rest = [name for name in mapping if name.removesuffix(".weight") not in quantized]

@@ -12,10 +12,11 @@ and config.json says once which Formats there are and which module has which:
                             "modules": {"model.layers.0.mlp.up_proj": {"format": 0, "shape": [1536, 576]}}}
 
 The shape is [out, in]; ``"transposed": true`` marks a module whose original weight is stored [in, out]
-(GPT-2's Conv1D); ``"activation"`` is how its input is quantized (steps of a static one: ``fewbit.io.inputs``)
-and ``"online"`` a map of the input that comes before. So a file holds exactly ``QTensor.bits_per_weight``,
-apart from rows that do not end on a byte. Where columns are kept in float (``fewbit.format.split``), their
-values are ``X.apart`` [out, k], their places ``X.apart_columns`` int32 [k], and ``"apart"`` says how many.
+(GPT-2's Conv1D); ``"activation"`` is how its input is quantized (a static one's steps:
+``fewbit.io.inputs``), ``"online"`` a map of the input that comes before, ``"output"`` one whose inverse comes
+after. So a file holds exactly ``QTensor.bits_per_weight``, apart from rows that do not end on a byte. Where
+columns are kept in float (``fewbit.format.split``), their values are ``X.apart`` [out, k], their places
+``X.apart_columns`` int32 [k], and ``"apart"`` says how many.
 
 Road not taken: a file per engine's kernel layout. Kernels repack when they load; files stay canonical.
 """
@@ -58,6 +59,7 @@ class Entry:
     transposed: bool = False
     activation: Activation | None = None
     online: Map | None = None
+    output: Map | None = None
     apart: Apart | None = None
 
     @property
@@ -200,7 +202,7 @@ def quantization_config(entries: Mapping[str, Entry]) -> dict:
         modules[name] = {"format": formats.index(entry.format), "shape": list(entry.shape)}
         if entry.transposed:
             modules[name]["transposed"] = True
-        for key in ("activation", "online", "apart"):
+        for key in ("activation", "online", "output", "apart"):
             if getattr(entry, key) is not None:
                 modules[name][key] = to_plain(getattr(entry, key))
     plain = [to_plain(f) for f in formats]
@@ -223,6 +225,7 @@ def entries_from_config(config: Mapping) -> dict[str, Entry]:
                 transposed=m.get("transposed", False),
                 activation=from_plain(m["activation"], CLASSES) if "activation" in m else None,
                 online=from_plain(m["online"], CLASSES) if "online" in m else None,
+                output=from_plain(m["output"], CLASSES) if "output" in m else None,
                 apart=from_plain(m["apart"], CLASSES) if "apart" in m else None,
             )
             for name, m in config["modules"].items()

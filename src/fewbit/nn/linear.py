@@ -3,8 +3,9 @@
     y = x W^T + b        W [out, in] decoded from codes, scale and zero; computed in x's dtype
 
 With a quantized input, x is what its codes mean (``fewbit.format.Activation``); with an online map, x T comes
-first (a Hadamard transform that could not be folded into the layer before, say). Where columns O are kept
-apart (``fewbit.format.split``), x is 0 there and x_O W_O^T is added in float.
+first (a Hadamard transform that could not be folded into the layer before, say); with a map of the output, y
+T^-1 comes before the bias. Where columns O are kept apart (``fewbit.format.split``), x is 0 there and
+x_O W_O^T is added in float.
 
 The buffers hold the canonical, unpacked QTensor: ``codes``, ``scale``, ``zero``; where the scale is itself a
 QTensor, ``scale_codes``, ``scale_scale`` and so on to any depth. Files hold the same names packed
@@ -31,17 +32,20 @@ from fewbit.kernel.linear import linear
 
 
 class Online(Protocol):
-    """A map of the input that runs at every call: ``fewbit.transform.Map``."""
+    """A map that runs at every call: ``fewbit.transform.Map``."""
 
     def apply(self, x: Tensor, axis: int = -1) -> Tensor:
         """x T."""
+
+    def invert(self, x: Tensor, axis: int = -1) -> Tensor:
+        """x T^-1."""
 
 
 class QLinear(nn.Module):
     """``in_features`` -> ``out_features`` with a quantized weight [out, in] and an optional bias [out].
 
     activation: how the input is quantized, or None; params: its steps when they are static; online: the map
-    of the input that comes before, or None.
+    of the input that comes before, or None; output: the map of the output whose inverse comes after, or None.
     """
 
     def __init__(
@@ -52,10 +56,11 @@ class QLinear(nn.Module):
         activation: Activation | None = None,
         params: Params | None = None,
         online: Online | None = None,
+        output: Online | None = None,
     ):
         """The tensors are taken as they are, not copied; a bias that is a Parameter stays that Parameter."""
         super().__init__()
-        self.activation, self.online = activation, online
+        self.activation, self.online, self.output = activation, online, output
         self.register_buffer("input_scale", None if params is None else params.scale)
         self.register_buffer("input_zero", None if params is None else params.zero)
         split = isinstance(qweight, SplitTensor)
@@ -95,8 +100,14 @@ class QLinear(nn.Module):
         wide = None
         if self.apart is not None:
             wide, x = x[..., self.apart_columns], x.index_fill(-1, self.apart_columns, 0)
-        y = linear(x, self._rest, self.bias, self.activation, self.params)
-        return y if wide is None else y + F.linear(wide, self.apart.to(x.dtype))
+        bias = self.bias if self.output is None else None
+        y = linear(x, self._rest, bias, self.activation, self.params)
+        if wide is not None:
+            y = y + F.linear(wide, self.apart.to(x.dtype))
+        if self.output is None:
+            return y
+        y = self.output.invert(y)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
@@ -105,6 +116,7 @@ class QLinear(nn.Module):
         parts += [] if self.activation is None else [f"input {self.activation}"]
         parts += [] if self.apart is None else [f"{len(self.apart_columns)} columns apart in float"]
         parts += [] if self.online is None else [f"after {self.online}"]
+        parts += [] if self.output is None else [f"before the inverse of {self.output}"]
         return ", ".join(str(part) for part in parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
@@ -126,6 +138,7 @@ def see_quantized(
     activation: Activation | None,
     params: Params | None,
     online: Online | None,
+    output: Online | None = None,
     apart: Tensor | None = None,
 ) -> None:
     """Make a plain linear with rounded weights compute what ``QLinear`` will, before there is one."""
@@ -133,6 +146,11 @@ def see_quantized(
         transform_input(module, online.apply)
     if activation is not None:
         transform_input(module, lambda x: activation(x, params, apart))
+    if output is not None:
+        bias = getattr(module, "bias", None)
+        less = (lambda y: y) if bias is None else (lambda y: y - bias)
+        more = (lambda y: y) if bias is None else (lambda y: y + bias)
+        module.register_forward_hook(lambda m, args, y: more(output.invert(less(y))))
 
 
 def transform_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:

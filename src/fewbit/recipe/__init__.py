@@ -12,12 +12,15 @@ from fewbit.errors import InputError
 from fewbit.recipe.autoround import autoround
 from fewbit.recipe.awq import awq
 from fewbit.recipe.gptq import gptq
+from fewbit.recipe.higgs import higgs
 from fewbit.recipe.hqq import hqq
 from fewbit.recipe.mofq import mofq
 from fewbit.recipe.omniquant import omniquant
 from fewbit.recipe.peg import peg
 from fewbit.recipe.qoq import qoq
+from fewbit.recipe.qtip import qtip
 from fewbit.recipe.quarot import quarot
+from fewbit.recipe.quip import quip, quip_sharp
 from fewbit.recipe.recipe import Alternative, Recipe, Rule, from_yaml
 from fewbit.recipe.rtn import fp8, int8, nf4, rtn
 from fewbit.recipe.smoothquant import smoothquant
@@ -44,6 +47,10 @@ RECIPES: tuple[Callable[..., Recipe], ...] = (
     spinquant,
     omniquant,
     autoround,
+    higgs,
+    quip,
+    quip_sharp,
+    qtip,
 )
 
 
@@ -89,6 +96,6 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
 
 __all__ = [
     "RECIPES", "Alternative", "Recipe", "Rule", "autoround", "awq", "fp8", "fp8_dynamic", "from_yaml",
-    "gptq", "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "omniquant", "peg", "qoq", "quanto", "quarot",
-    "rtn", "smoothquant", "spinquant", "w8a8",
+    "gptq", "higgs", "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "omniquant", "peg", "qoq", "qtip",
+    "quanto", "quarot", "quip", "quip_sharp", "rtn", "smoothquant", "spinquant", "w8a8",
 ]  # fmt: skip

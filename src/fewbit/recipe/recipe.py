@@ -22,6 +22,7 @@ from fewbit.solve import SOLVERS, Need, Rtn, Solver
 from fewbit.solve.tune import Tuner
 from fewbit.transform import CHOOSERS
 from fewbit.transform.chooser import Chooser
+from fewbit.transform.incoherence import Incoherence
 from fewbit.transform.rotation import Rotation
 
 
@@ -41,7 +42,8 @@ class Rule:
     ``weight=None`` leaves them as they are; ``input=None`` leaves the input in the model's dtype; ``split``
     keeps columns of the weight that meet outliers in float, and inputs there as they are. With
     ``alternatives`` each layer gets the formats with the least error of its output (of the weight alone where
-    nothing asks for calibration); on a tie the rule's own.
+    nothing asks for calibration); on a tie the rule's own. basis: random orthogonal maps on both sides of the
+    weight, in which it is quantized and kept.
     """
 
     match: str = "*"
@@ -49,6 +51,7 @@ class Rule:
     solver: Solver = Rtn()
     input: Activation | None = None
     alternatives: tuple[Alternative, ...] = ()
+    basis: Incoherence | None = None
     split: Split | None = None
 
     def __post_init__(self):
@@ -61,6 +64,15 @@ class Rule:
             )
         for one in self.alternatives:
             self.solver.check(one.weight)
+        if self.basis is not None and Need.CROSS in self.solver.needs:
+            raise InputError(
+                f"rule {self.match!r} aims weights at rounded inputs in a basis of their own, which is not "
+                "built; use a solver that does not aim, or a rotation of the model"
+            )
+        if self.basis is not None and self.input is not None and self.input.static:
+            raise InputError(
+                f"rule {self.match!r} has static steps for inputs in a basis of their own; use dynamic ones"
+            )
         if self.weight is not None:
             self.solver.check(self.weight)
         elif self.input is not None:
@@ -79,6 +91,10 @@ class Rule:
             raise InputError(
                 f"rule {self.match!r} keeps columns apart and has a moving average of ranges, which counts "
                 "them; leave momentum out"
+            )
+        if self.basis is not None:
+            raise InputError(
+                f"rule {self.match!r} keeps columns apart in a basis that mixes them; leave one out"
             )
         self.split.check(self.weight)
 
@@ -126,6 +142,11 @@ class Recipe:
             raise InputError(
                 f"recipe {self.name!r} has no rules; give at least one, such as Rule(match='*', weight=...)"
             )
+        if self.rotation is not None and self.rotation.online and any(rule.basis for rule in self.rules):
+            raise InputError(
+                f"recipe {self.name!r} maps the inputs of layers twice at every call; give the rotation "
+                "online=false, or the rules no basis"
+            )
 
     def rule_for(self, layer: str) -> Rule | None:
         """The first rule that matches the layer's full name, or None."""
@@ -144,7 +165,8 @@ def from_yaml(text: str, where: str = "recipe file") -> Recipe:
         raise InputError(f"{where} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise InputError(f"{where} holds no recipe; expected the YAML that fewbit writes beside a checkpoint")
-    recipe = from_plain(data, (Recipe, Rule, Alternative, Rotation, *SOLVERS, *CHOOSERS, *FORMAT_CLASSES))
+    own = (Recipe, Rule, Alternative, Incoherence, Rotation)
+    recipe = from_plain(data, (*own, *SOLVERS, *CHOOSERS, *FORMAT_CLASSES))
     if not isinstance(recipe, Recipe):
         raise InputError(f"{where} holds a {type(recipe).__name__}, expected a Recipe")
     return recipe

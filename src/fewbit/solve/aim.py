@@ -47,17 +47,13 @@ class Aimed(Solver):
     def needs(self):
         return self.solver.needs | {Need.GRAM, Need.CROSS}
 
-    @property
-    def couples_rows(self):
-        return self.solver.couples_rows
-
     def check(self, fmt):
         self.solver.check(fmt)
 
-    def __call__(self, w, stats, fmt):
+    def together(self, ws, stats, fmt):
         if stats.cross is not None:
-            w = aimed(w, stats.gram, stats.cross, self.damp)
-        return self.solver(w, stats, fmt)
+            ws = [aimed(w, stats.gram, stats.cross, self.damp) for w in ws]
+        return self.solver.together(ws, stats, fmt)
 
 
 def aimed(w: Tensor, h: Tensor, k: Tensor, damp: float) -> Tensor:

@@ -18,6 +18,6 @@ def round_columns(fmt: Format, rows: Tensor, s: Tensor, z: Tensor | None) -> tup
     """``width`` transposed columns [width, out] -> codes [out] and their values [width, out]."""
     if fmt.grid.width == 1:
         code = fmt.code(rows, s, z)
-        return code, fmt.decode(code, s, z)
+        return code[0], fmt.decode(code, s, z)
     code = fmt.code(rows.t(), s.t(), None if z is None else z.t())
     return code.squeeze(-1), fmt.decode(code, s.t(), None if z is None else z.t()).t()

@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
-from fewbit.format import Range
+from fewbit.format import Format, QTensor, Range
 from fewbit.format.fit import Target
-from fewbit.solve.solver import Solver
+from fewbit.solve.solver import Solver, Stats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,6 @@ class Hqq(Solver):
     range rule that wants it, that is used in their place.
     """
 
-    couples_rows = True  # through the energies of the columns
     norm: float = 2.0
     beta: float = 10.0
     kappa: float = 1.01
@@ -84,7 +83,10 @@ class Hqq(Solver):
                 "with a scale"
             )
 
-    def __call__(self, w, stats, fmt):
+    def together(self, ws, stats, fmt):
+        return [self._solve(w, stats, fmt) for w in ws]
+
+    def _solve(self, w: Tensor, stats: Stats, fmt: Format) -> QTensor:
         importance = stats.importance if stats.importance is not None else column_weights(w, self.columns)
         params = replace(fmt, range=_Refined(start=fmt.range, how=self)).fit(w, importance)
         return fmt.encode(w, params)

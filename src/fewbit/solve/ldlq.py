@@ -27,7 +27,9 @@ They are rounded to nearest instead: the channel may wake up on other text.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -86,59 +88,117 @@ class Ldlq(Solver):
                 "set static_groups=true"
             )
 
-    def __call__(self, w, stats, fmt):
-        return ldlq(w, stats.gram, fmt, self)
+    def together(self, ws, stats, fmt):
+        return ldlq(ws, stats.gram, fmt, self)
 
 
-def ldlq(w: Tensor, h: Tensor, fmt: Format, how: Ldlq) -> QTensor:
-    """Codes for ``w`` [out, in] under the Gram matrix ``h`` [in, in]; float32 or float64 as ``w`` is.
+def ldlq(ws: Sequence[Tensor], h: Tensor, fmt: Format, how: Ldlq) -> list[QTensor]:
+    """Codes for matrices [out_i, in] that read one input, under its Gram matrix ``h`` [in, in]; float32 or
+    float64 as they are.
 
+    Each has its own steps; what couples rows (a step per tensor, a tile of rows) stays within a matrix.
     Warns with ``SolverWarning`` when damping had to be raised. Raises ``InputError`` for NaN in ``h``.
     """
-    width, n = fmt.grid.width, w.shape[1]
-    diagonal = h.diagonal()
-    params = fmt.fit(w, h)
-    order = torch.arange(n, device=w.device)
+    width, n = fmt.grid.width, ws[0].shape[1]
+    order = torch.arange(n, device=h.device)
     if how.act_order:  # whole vectors of `width` columns move together
-        order = diagonal.unflatten(0, (-1, width)).sum(-1).argsort(descending=True, stable=True)
-        order = (order[:, None] * width + torch.arange(width, device=w.device)).flatten()
-    m = unit_factor(h.index_select(0, order).index_select(1, order).to(w.dtype), how.damp, width)
+        order = h.diagonal().unflatten(0, (-1, width)).sum(-1).argsort(descending=True, stable=True)
+        order = (order[:, None] * width + torch.arange(width, device=h.device)).flatten()
+    dtype = ws[0].dtype
+    m = unit_factor(h.index_select(0, order).index_select(1, order).to(dtype), how.damp, width)
+    rounding = _Fixed(ws, h, fmt, order, how.lazy) if how.static_groups else _Refitted(ws, h, fmt)
+    w_t = torch.cat([w.t() for w in ws], 1)[order]
+    codes = torch.empty(n // width, w_t.shape[1], dtype=fmt.grid.code_dtype, device=w_t.device)
+    codes[order[::width] // width] = feed_back(w_t, m, rounding, width, how.lazy)
+    parts = codes.t().split([len(w) for w in ws])
+    solved = [
+        QTensor(codes=c.contiguous(), scale=p.scale, zero=p.zero, format=fmt, shape=w.shape)
+        for w, c, p in zip(ws, parts, rounding.params(), strict=True)
+    ]
+    if not how.passes:
+        return solved
+    damped = h + how.damp * h.diagonal().mean() * torch.eye(n, dtype=h.dtype, device=h.device)
+    return [refine(w, damped, q, how.passes) for w, q in zip(ws, solved, strict=True)]
 
-    w_t = w.t()[order].contiguous()
+
+class Rounding(Protocol):
+    """What `feed_back` rounds with: steps known before, or fitted as their columns are reached."""
+
+    span: int  # columns that must not be cut by a lazy block: a vector, or a group that is refitted
+
+    def __call__(self, i: int, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """Round the first ``width`` of the columns from i on, ``rest`` [at least span - i % span, out], which
+        carry all errors made so far: codes [out] and what they mean [width, out].
+        """
+
+
+def feed_back(w_t: Tensor, m: Tensor, rounding: Rounding, width: int, lazy: int) -> Tensor:
+    """The loop: columns ``w_t`` [in, out] in order, each with the errors before it; codes [in / width, out].
+
+    m: the unit factor of H, in the same order.
+    """
+    n, out = len(w_t), []
     e_t = torch.empty_like(w_t)
-    codes = torch.empty(n // width, w.shape[0], dtype=fmt.grid.code_dtype, device=w.device)
-    group = fmt.block.size if isinstance(fmt.block, Group) else n
-    whole = width if how.static_groups else group  # a block holds whole vectors, or whole groups to refit
-    lazy = max(1, how.lazy // whole) * whole
-    scales, zeros = [], []  # dynamic groups: refitted one by one
+    lazy = max(1, lazy // rounding.span) * rounding.span
     for start in range(0, n, lazy):
         stop = min(start + lazy, n)
         block = w_t[start:stop] + m[:start, start:stop].t() @ e_t[:start]
-        if how.static_groups:
-            first, (s, z) = start, steps_of(fmt, params, w.shape, order[start:stop])
         for i in range(start, stop, width):
-            if not how.static_groups and i % group == 0:
-                own = fmt.fit(block[i - start : i - start + group].t(), h[i : i + group, i : i + group])
-                first, (s, z) = i, steps_of(fmt, own, (w.shape[0], group), order[:group])
-                scales.append(own.scale)
-                zeros.append(own.zero)
-            here, mine = slice(i - start, i - start + width), slice(i - first, i - first + width)
-            code, value = round_columns(fmt, block[here], s[mine], None if z is None else z[mine])
-            codes[i // width] = code
+            code, value = rounding(i, block[i - start :])
+            out.append(code)
             error = torch.sub(w_t[i : i + width], value, out=e_t[i : i + width])
-            rest = block[here.stop :]
+            rest = block[i - start + width :]
             if len(rest):
                 rest.addmm_(m[i : i + width, i + width : stop].t(), error)
-    if not how.static_groups:
-        zero = None if zeros[0] is None else torch.cat(zeros, -1)
-        params = Params(scale=torch.cat([_tensor(s) for s in scales], -1), zero=zero)
-    back = torch.empty_like(codes)
-    back[order[::width] // width] = codes
-    q = QTensor(codes=back.t().contiguous(), scale=params.scale, zero=params.zero, format=fmt, shape=w.shape)
-    if not how.passes:
-        return q
-    damping = how.damp * diagonal.mean() * torch.eye(n, dtype=h.dtype, device=h.device)
-    return refine(w, h + damping, q, how.passes)
+    return torch.stack(out)
+
+
+class _Fixed:
+    """Steps fitted once on the original weights; those of some columns ahead are laid out at a time."""
+
+    def __init__(self, ws: Sequence[Tensor], h: Tensor, fmt: Format, order: Tensor, ahead: int):
+        self.span, self.ws, self.fmt, self.order = fmt.grid.width, ws, fmt, order
+        self.fits = [fmt.fit(w, h) for w in ws]
+        self.ahead, self.first, self.stop = max(1, ahead // self.span) * self.span, 0, 0
+
+    def params(self) -> list[Params]:
+        return self.fits
+
+    def __call__(self, i, rest):
+        if i >= self.stop:
+            self.first, self.stop = i, i + self.ahead
+            of, each = self.order[i : self.stop], zip(self.fits, self.ws, strict=True)
+            self.s, self.z = _beside([steps_of(self.fmt, p, w.shape, of) for p, w in each], self.ws)
+        mine = slice(i - self.first, i - self.first + self.span)
+        return round_columns(
+            self.fmt, rest[: self.span], self.s[mine], None if self.z is None else self.z[mine]
+        )
+
+
+class _Refitted:
+    """Steps fitted group by group when the first column is reached, on weights that carry the errors."""
+
+    def __init__(self, ws: Sequence[Tensor], h: Tensor, fmt: Format):
+        self.span = fmt.block.size if isinstance(fmt.block, Group) else len(h)
+        self.h, self.fmt, self.sizes = h, fmt, [len(w) for w in ws]
+        self.fits: list[Params] = []
+
+    def params(self) -> list[Params]:
+        scale = torch.cat([_tensor(p.scale) for p in self.fits], -1).split(self.sizes)
+        if self.fits[0].zero is None:
+            return [Params(scale=s, zero=None) for s in scale]
+        zero = torch.cat([p.zero for p in self.fits], -1).split(self.sizes)
+        return [Params(scale=s, zero=z) for s, z in zip(scale, zero, strict=True)]
+
+    def __call__(self, i, rest):
+        width, span = self.fmt.grid.width, self.span
+        if i % span == 0:
+            group = slice(i, i + span)
+            self.fits.append(self.fmt.fit(rest[:span].t(), self.h[group, group]))
+            shape = (sum(self.sizes), span)
+            self.s, self.z = steps_of(self.fmt, self.fits[-1], shape, torch.arange(span, device=rest.device))
+        mine = slice(i % span, i % span + width)
+        return round_columns(self.fmt, rest[:width], self.s[mine], None if self.z is None else self.z[mine])
 
 
 def unit_factor(h: Tensor, damp: float, width: int = 1) -> Tensor:
@@ -189,6 +249,15 @@ def unit_factor(h: Tensor, damp: float, width: int = 1) -> Tensor:
     columns = r.unflatten(1, (n // width, width)).transpose(0, 1)  # [N, n, w]
     m = torch.linalg.solve_triangular(own, columns, upper=True, left=False)
     return m.transpose(0, 1).flatten(1).to(dtype)
+
+
+def _beside(rows: list[tuple[Tensor, Tensor | None]], ws: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Steps and zeros [columns, out_i or 1] of several matrices beside each other, [columns, out]."""
+    if len(rows) == 1:
+        return rows[0]
+    wide = lambda of: torch.cat([t.expand(-1, len(w)) for t, w in zip(of, ws, strict=True)], 1)  # noqa: E731
+    steps, zeros = zip(*rows, strict=True)
+    return wide(steps), None if zeros[0] is None else wide(zeros)
 
 
 def _tensor(scale: Tensor | QTensor) -> Tensor:

@@ -19,5 +19,5 @@ class Rtn(Solver):
     def needs(self):
         return frozenset()
 
-    def __call__(self, w, stats, fmt):
-        return fmt.quantize(w, stats.gram)
+    def together(self, ws, stats, fmt):
+        return [fmt.quantize(w, stats.gram) for w in ws]

@@ -10,8 +10,8 @@ which the loop catches, prints and writes into the manifest.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,12 +24,7 @@ class SolverWarning(UserWarning):
 
 @dataclass(frozen=True, kw_only=True)
 class Solver(ABC):
-    """Chooses codes for one weight matrix.
-
-    ``couples_rows``: what a row becomes depends on the other rows, so layers must not be solved as one stack.
-    """
-
-    couples_rows: ClassVar[bool] = False
+    """Chooses codes for weight matrices."""
 
     @property
     @abstractmethod
@@ -39,6 +34,10 @@ class Solver(ABC):
     def check(self, fmt: Format) -> None:
         """Raise ``InputError`` for a format this solver cannot serve; called by the plan, before any work."""
 
-    @abstractmethod
     def __call__(self, w: Tensor, stats: Stats, fmt: Format) -> QTensor:
         """Quantize ``w`` [out, in] (float32 or float64)."""
+        return self.together([w], stats, fmt)[0]
+
+    @abstractmethod
+    def together(self, ws: Sequence[Tensor], stats: Stats, fmt: Format) -> list[QTensor]:
+        """Quantize matrices [out_i, in] that read one input: what each would get alone, with less work."""

@@ -139,7 +139,7 @@ class Tuner(Solver):
     def check(self, fmt):
         check(fmt)
 
-    def __call__(self, w, stats, fmt):
+    def together(self, ws, stats, fmt):
         raise InputError(
             f"{type(self).__name__} learns from the outputs of a whole block and cannot solve one layer "
             "alone; call tune()"

@@ -159,7 +159,7 @@ class Loop:
                 if layer.online is not None and not online:
                     transform_input(self.model.get_submodule(m), layer.online.apply)
                 q = codec(self.plan).from_dict(layer.name, tensors, *layer.entry.stored).to(device)
-                set_weight(self.model.get_submodule(m), q.dequantize())
+                set_weight(self.model.get_submodule(m), in_flow(layer, q.dequantize()))
                 params = inputs.from_dict(layer.name, tensors, layer.activation, layer.shape[1])
                 self._see_quantized(layer, None if params is None else params.to(device), _apart(q))
             self.resumed += 1
@@ -301,8 +301,9 @@ class Loop:
         """From here on the layer reads its input quantized, in the flows that wait at it, too."""
         if layer.activation is None:
             return
-        module = self.model.get_submodule(layer.module)
-        change = lambda x: layer.activation(x, params, apart)  # noqa: E731
+        module, basis = self.model.get_submodule(layer.module), layer.rule.basis
+        mapped = (lambda x: x) if basis is None else layer.input_map.apply
+        change = lambda x: layer.activation(mapped(x), params, apart)  # noqa: E731
         waiting = [flow.stop for flow in self.flows if flow.stop is not None and flow.stop.module is module]
         for stop in waiting:  # hooks that are added now come too late for them
             stop.change = change
@@ -310,34 +311,35 @@ class Loop:
             transform_input(module, change)
 
     def _solve(self, group: list[PlannedLayer], stats: Stats, out, rows, notes: tuple[str, ...] = ()) -> None:
-        """Quantize the layers of one group in place; layers with equal rules and independent rows are
-        stacked.
-        """
-        for layers in _stacks(group):
+        """Quantize the layers of one group in place, those with equal rules together."""
+        for layers in _together(group):
             start = time.perf_counter()
-            modules = (self.model.get_submodule(layer.module) for layer in layers)
+            modules = [self.model.get_submodule(layer.module) for layer in layers]
             parts = [weight_of(m).detach().float() for m in modules]
-            w = torch.cat(parts) if len(parts) > 1 else parts[0]
             rule = layers[0].rule
-            solver = rule.solver
+            solver, basis = rule.solver, rule.basis
+            own_stats = stats
+            if basis is not None:
+                parts = [basis.enter(part) for part in parts]
+                own_stats = stats.mapped(layers[0].input_map.apply)
             if stats.gram is None and solver.needs:
                 solver = Rtn()
             choice = 0
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", SolverWarning)
                 if rule.alternatives:
-                    choice, q = choose(w, stats, solver, rule.choices)
-                    layers = [layers[0].chosen(choice)]
+                    choice, q = choose(parts[0], own_stats, solver, rule.choices)
+                    layers, solved = [layers[0].chosen(choice)], [q]
                 else:
-                    solve = lambda w, s, solver=solver, rule=rule: solver(w, s, rule.weight)  # noqa: E731
-                    q = solve(w, stats) if rule.split is None else rule.split(w, stats, solve)
+                    if rule.split is None:
+                        solved = solver.together(parts, own_stats, rule.weight)
+                    else:
+                        solve = lambda w, s, solver=solver, rule=rule: solver(w, s, rule.weight)  # noqa: E731
+                        solved = [rule.split(part, stats, solve) for part in parts]
             said = notes + tuple(str(c.message) for c in caught if issubclass(c.category, SolverWarning))
-            begin = 0
             seconds = (time.perf_counter() - start) / len(layers)
-            for layer, part in zip(layers, parts, strict=True):
-                own = q if len(layers) == 1 else q.rows(begin, begin + len(part))
-                begin += len(part)
-                self._keep(layer, part, own, stats, out, rows, solver, seconds, said, choice)
+            for layer, part, own in zip(layers, parts, solved, strict=True):
+                self._keep(layer, part, own, own_stats, out, rows, solver, seconds, said, choice)
 
     def _keep(
         self, layer, part, own, stats, out, rows, solver, seconds, notes: tuple[str, ...] = (), choice=0
@@ -359,7 +361,7 @@ class Loop:
         )
         if not math.isfinite(row.error):
             raise InputError(f"layer {layer.name} became NaN in quantization; check its weights and inputs")
-        set_weight(module, value)
+        set_weight(module, in_flow(layer, value))
         out[layer.module] = own.to("cpu")
         rounded = stats if apart is None else without(stats, apart)
         params = static_params(layer.activation, rounded, layer.name)
@@ -368,6 +370,14 @@ class Loop:
             self.params[layer.module] = params.to("cpu")
         rows.append(row)
         self.progress.layer(row, seconds)
+
+
+def in_flow(layer: PlannedLayer, value: Tensor) -> Tensor:
+    """The weight that a plain linear needs in the flows: out of the basis in which it was quantized, but for
+    inputs that are quantized there.
+    """
+    basis = layer.rule.basis
+    return value if basis is None else basis.leave(value, inputs=layer.activation is None)
 
 
 def _outside_flow(block: nn.Module, stop) -> object:
@@ -380,12 +390,9 @@ def _apart(q: QTensor | SplitTensor) -> Tensor | None:
     return q.columns if isinstance(q, SplitTensor) else None
 
 
-def _stacks(group: list[PlannedLayer]) -> list[list[PlannedLayer]]:
-    """Layers with one input and equal rules, solved as one matrix where rows do not depend on each other."""
-    stacks: dict[object, list[PlannedLayer]] = {}
+def _together(group: list[PlannedLayer]) -> list[list[PlannedLayer]]:
+    """Layers with one input and equal rules; each alone where it has a choice of its own."""
+    alike: dict[object, list[PlannedLayer]] = {}
     for layer in group:
-        coupled = layer.rule.solver.couples_rows or not layer.format.rows_independent
-        apart = layer.rule.alternatives or coupled
-        key = layer.module if apart else layer.rule
-        stacks.setdefault(key, []).append(layer)
-    return list(stacks.values())
+        alike.setdefault(layer.module if layer.rule.alternatives else layer.rule, []).append(layer)
+    return list(alike.values())

@@ -47,7 +47,7 @@ class PlannedLayer:
     shape: tuple[int, int]
     kind: str
     rule: Rule
-    online: Map | None = None  # of the input, at every call; known once the block is rotated
+    online: Map | None = None  # what a rotation has left for every call; known once the block is rotated
     apart: Apart | None = None  # columns kept in float; known once the layer is solved
 
     @property
@@ -64,6 +64,16 @@ class PlannedLayer:
     def activation(self) -> Activation | None:
         """How its input is quantized, or None."""
         return self.rule.input
+
+    @property
+    def input_map(self) -> Map | None:
+        """The map of its input at every call, or None."""
+        return self.rule.basis.input_map(self.shape[1]) if self.rule.basis else self.online
+
+    @property
+    def output_map(self) -> Map | None:
+        """The map whose inverse its output takes at every call, or None."""
+        return self.rule.basis.output_map(self.shape[0]) if self.rule.basis else None
 
     @property
     def text(self) -> str:
@@ -89,7 +99,8 @@ class PlannedLayer:
             shape=self.shape,
             transposed=self.transposed,
             activation=self.activation,
-            online=self.online,
+            online=self.input_map,
+            output=self.output_map,
             apart=self.apart,
         )
 
@@ -180,6 +191,8 @@ def make_plan(
     reason = next((r for r in refusals if r), "")
     if recipe.rotation is not None and recipe.rotation.online:
         reason = reason or "Hadamard maps that run at every call are not written there yet"
+    if any(layer.rule.basis for layer in layers):
+        reason = reason or "weights in a basis of their own are not written there"
     if any(x.rule.split is not None for x in layers):
         reason = reason or "columns kept in float have no place there"
     needs = _needs(layers, recipe)
@@ -276,6 +289,8 @@ def assign(
         shape = tuple(weight_of(module).shape)
         for weight, input in rule.choices:
             weight.check(shape, f"layer {name}")
+            if rule.basis is not None:
+                rule.basis.check(shape, f"layer {name}")
             if input is not None:
                 input.format.check((1, shape[1]), f"the input of layer {name}")
         layers.append(

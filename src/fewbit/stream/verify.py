@@ -44,13 +44,14 @@ def _quantize_inputs(model, names, source: Source, mapping: dict[str, str], devi
     for name in names if isinstance(source, Checkpoint) else ():
         stored, module = mapping[name].removesuffix(".weight"), name.removesuffix(".weight")
         entry = source.entries.get(stored) if name.endswith(".weight") else None
-        if entry is not None and (entry.activation or entry.online):
+        if entry is not None and (entry.activation or entry.online or entry.output):
             params = source.read_input(stored)
             see_quantized(
                 model.get_submodule(module),
                 entry.activation,
                 None if params is None else params.to(device),
                 entry.online,
+                entry.output,
                 None if (apart := source.read_apart(stored)) is None else apart.to(device),
             )
 
