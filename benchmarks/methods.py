@@ -39,7 +39,7 @@ from fewbit.format.activation import Activation
 from fewbit.io.source import open_source
 from fewbit.io.text import read_text
 from fewbit.recipe import Recipe, Rule, named
-from fewbit.solve import Ldlq
+from fewbit.solve import Aimed, Ldlq
 
 ROOT = Path(__file__).parent
 G64 = {"group_size": "64"}
@@ -70,12 +70,12 @@ def awq_gptq(bits: str) -> Recipe:
 
 
 def quarot_mxfp4() -> Recipe:
-    """Weights by GPTQ and inputs in MXFP4, in a rotated basis."""
+    """Weights by GPTQ, aimed, and centred inputs in MXFP4, in a rotated basis."""
     base = named("quarot", {})
     mx = FORMATS["mxfp4-even"]
     return replace(
         base, name="quarot-mxfp4",
-        rules=(Rule(weight=mx, input=Activation(format=mx), solver=Ldlq()),),
+        rules=(Rule(weight=mx, input=Activation(format=mx, centred=True), solver=Aimed()),),
     )  # fmt: skip
 
 
@@ -87,7 +87,8 @@ def both(name: str) -> Recipe:
 
 def w4a4() -> Recipe:
     """int4 weights per row and int4 inputs per token, rounded to nearest."""
-    rule = named("quarot", {"solver": "rtn"}).rules[0]
+    plain = {"solver": "rtn", "input_clip": "1", "input_zero": "none"}
+    rule = named("quarot", plain).rules[0]
     return Recipe(name="w4a4", rules=(rule,))
 
 

@@ -1,11 +1,13 @@
 """Block-wise tuning through the loop: better than rounding, the same file after an interruption."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import save_tiny, tiny_ids
 
 import fewbit
-from fewbit.recipe import Recipe, autoround, from_yaml, omniquant, rtn
+from fewbit.recipe import autoround, from_yaml, omniquant, rtn
 from fewbit.stream.data import Calibration
 from fewbit.stream.job import Job
 from fewbit.stream.quantize import quantize
@@ -46,10 +48,15 @@ def test_learned_rounding_beats_rounding_to_nearest(folder, tmp_path):
     assert lost["omniquant"] < 0.99 * lost["rtn"]
 
 
-@pytest.mark.parametrize("rotation", [None, Rotation()])
-def test_an_interrupted_run_ends_in_the_same_file(folder, tmp_path, monkeypatch, rotation):
-    own = autoround(**THREE, steps=10, looks=2)
-    recipe = Recipe(name="tuned", rules=own.rules, rotation=rotation)
+CUT = {
+    "rounding": autoround(**THREE, steps=10),
+    "rotated": replace(autoround(**THREE, steps=10), rotation=Rotation()),
+    "scales": omniquant(**THREE, steps=10, let=True, input_bits=8),
+}
+
+
+@pytest.mark.parametrize("recipe", CUT.values(), ids=CUT)
+def test_an_interrupted_run_ends_in_the_same_file(folder, tmp_path, monkeypatch, recipe):
     quantize(folder, recipe, output=tmp_path / "whole", calibration=SMALL)
     store = Job.store
 
