@@ -36,7 +36,7 @@ def omniquant(
     lr: float = 0.05,
     looks: int = 2,
     let: bool = False,
-    let_lr: float = 0.02,
+    let_lr: float = 0.05,
     alpha: float = 0.5,
     input_bits: int = 16,
 ) -> Recipe:
