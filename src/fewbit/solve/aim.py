@@ -10,8 +10,8 @@ direction of a rotated basis and its signal is not: W* is a Wiener filter, which
 
 The target is that of GPTAQ (asymmetric calibration), Li, Yin, Lee, Xiao, Panda 2025,
 https://arxiv.org/abs/2504.02692, and of Qronos, https://arxiv.org/abs/2505.11695, with x and r of one run.
-Road not taken: x of the float model, as there. It takes a second run of every block, and fitted the noise of
-few tokens: docs/methods/quarot.md has the figures.
+Road not taken: x of the float model, as there. It takes a second run of every block, and W* then fits the
+noise of few tokens.
 
 Shapes: w [out, in]; h, k [in, in], products averaged over calibration tokens.
 """
@@ -37,11 +37,11 @@ class Aimed(Solver):
     """
 
     solver: Solver = Ldlq()
-    damp: float = 0.1
+    damp: float = 0.03
 
     def __post_init__(self):
         if not 0 < self.damp < math.inf:
-            raise InputError(f"damp {self.damp} of aimed weights must be positive; 0.1 is usual")
+            raise InputError(f"damp {self.damp} of aimed weights must be positive; 0.03 is usual")
 
     @property
     def needs(self):
