@@ -13,7 +13,8 @@ of the process on a CPU.
 A row is quantized in a process of its own, and its seconds are CPU seconds of all threads, imports included
 (the clock on the wall is in the JSON), or seconds by the clock on a GPU.
 
-Rows are written to benchmarks/results/methods.json as they come, and are not run again.
+Rows are written to benchmarks/results/methods.json as they come, and are not run again; the tables are those
+of docs/results.md.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from fewbit.recipe import Recipe, Rule, named
 from fewbit.solve import Aimed, Ldlq
 
 ROOT = Path(__file__).parent
+MARKS = ("<!-- printed by benchmarks/methods.py -->", "<!-- end -->")
 G64 = {"group_size": "64"}
 SYM, ASYM = {**G64, "symmetric": "true"}, {**G64, "symmetric": "false"}
 
@@ -164,16 +166,10 @@ def rows():
     yield "planted", "QuaRot W4A4", r("quarot", {})
     yield "planted", "QuaRot W4A4, rtn", r("quarot", {"solver": "rtn"})
     yield "planted", "QuaRot W4A8", r("quarot", {"input_bits": "8"})
-    for table, name, recipe, settings in LATER:
-        if recipe in {f.__name__ for f in fewbit.recipes.RECIPES}:
-            yield table, name, r(recipe, settings)
-
-
-LATER = (
-    ("planted", "SpinQuant W4A4", "spinquant", {}),
-    ("planted", "QoQ W4A8 g64", "qoq", G64),
-    ("4 bit", "QoQ W4A8 g64", "qoq", G64),
-)
+    yield "planted", "SpinQuant W4A4", r("spinquant", {})
+    yield "planted", "QoQ W4A8 g64", r("qoq", G64)
+    yield "planted", "PEG W8A8", r("peg", {})
+    yield "4 bit", "QoQ W4A8 g64", r("qoq", G64)
 
 
 def main():
@@ -230,7 +226,16 @@ def main():
             args.results.write_text(json.dumps(done, indent=1))
     shutil.rmtree(folder)
     if args.results.parent == ROOT / "results":
-        (ROOT / "results" / "methods.md").write_text(markdown(done))
+        publish(done)
+
+
+def publish(done: dict) -> None:
+    """Put the tables between their marks in docs/results.md."""
+    page = ROOT.parent / "docs" / "results.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    page.write_text(
+        f"{before}{MARKS[0]}\n\n{markdown(done)}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}", encoding="utf-8"
+    )
 
 
 def one(folder, key, recipe, device, calibration, tokens, protocol, stop: float) -> dict | None:
@@ -260,16 +265,10 @@ def device_name(device: str) -> str:
 
 def markdown(done: dict) -> str:
     """The tables."""
-    lines = [
-        "Printed by `python benchmarks/methods.py` (its first lines say what is measured). Seconds are those"
-    ]
-    lines += [
-        "of the processor, all threads, or of the clock on a GPU, with other rows running beside. Float:"
-    ]
-    lines += [f"perplexity {done['float']['perplexity']:.2f}.", ""]
+    lines = []
     order = [(table, name) for table, name, _ in rows() if f"{table}/{name}" in done]
     for table in dict.fromkeys(table for table, _ in order):
-        lines += [f"## {table}", ""]
+        lines += [f"### {table[0].upper()}{table[1:]}", ""]
         lines += ["| method | bits / weight | KL | ± | top-1 % | perplexity | s | MB | on |"]
         lines += ["|---|--:|--:|--:|--:|--:|--:|--:|---|"]
         for name in (name for of, name in order if of == table):
