@@ -53,24 +53,6 @@ def gptq_onto(name: str) -> Recipe:
     return Recipe(name=f"gptq-{name}", rules=(Rule(weight=FORMATS[name], solver=Ldlq()),))
 
 
-def awq_hqq() -> Recipe:
-    """AWQ's scales, then HQQ."""
-    hqq = named("hqq", {"bits": "4", **G64})
-    return replace(hqq, name="awq-hqq", transforms=named("awq", G64).transforms)
-
-
-def smooth_gptq() -> Recipe:
-    """SmoothQuant's scales, then GPTQ in 8 bits."""
-    smooth = named("smoothquant", {})
-    return replace(smooth, name="smooth-gptq", rules=tuple(replace(r, solver=Ldlq()) for r in smooth.rules))
-
-
-def awq_gptq(bits: str) -> Recipe:
-    """AWQ's scales, then GPTQ."""
-    gptq = named("gptq", {"bits": bits, **ASYM})
-    return replace(gptq, name="awq-gptq", transforms=named("awq", {**G64, "bits": bits}).transforms)
-
-
 def quarot_mxfp4() -> Recipe:
     """Weights by GPTQ, aimed, and centred inputs in MXFP4, in a rotated basis."""
     base = named("quarot", {})
@@ -120,7 +102,7 @@ def rows():
     yield "8 bit", "SmoothQuant O1", r("smoothquant", {"level": "O1"})
     yield "8 bit", "SmoothQuant O2", r("smoothquant", {"level": "O2"})
     yield "8 bit", "SmoothQuant O3", r("smoothquant", {"level": "O3"})
-    yield "8 bit", "SmoothQuant O1 + GPTQ", smooth_gptq()
+    yield "8 bit", "SmoothQuant O1 + GPTQ", r("smoothquant", {"solver": "gptq"})
     yield "8 bit", "FP8 W8A8, dynamic", r("fp8-dynamic", {})
     yield "8 bit", "FP8 W8A8, static", r("w8a8", {"grid": "e4m3fn", "input": "tensor", "static": "true"})
     yield "8 bit", "Quanto qint8, qint8 inputs", r("quanto", {"activations": "qint8"})
@@ -138,20 +120,20 @@ def rows():
     yield "4 bit", "OmniQuant (LWC)", r("omniquant", G64)
     yield "4 bit", "GPTQ, symmetric", r("gptq", SYM)
     yield "4 bit", "GPTQ, asymmetric", r("gptq", ASYM)
-    yield "4 bit", "AWQ + GPTQ", awq_gptq("4")
+    yield "4 bit", "AWQ + GPTQ", r("awq", {**G64, "solver": "gptq"})
     yield "4 bit", "AutoRound", r("autoround", G64)
     yield "3 bit", "rtn, asymmetric", r("rtn", {**ASYM, "bits": "3"})
     yield "3 bit", "HQQ", r("hqq", {"bits": "3", **G64})
     yield "3 bit", "AWQ", r("awq", {**G64, "bits": "3"})
     yield "3 bit", "OmniQuant (LWC)", r("omniquant", {**G64, "bits": "3"})
     yield "3 bit", "GPTQ, asymmetric", r("gptq", {**ASYM, "bits": "3"})
-    yield "3 bit", "AWQ + GPTQ", awq_gptq("3")
+    yield "3 bit", "AWQ + GPTQ", r("awq", {**G64, "bits": "3", "solver": "gptq"})
     yield "3 bit", "AutoRound", r("autoround", {**G64, "bits": "3"})
     yield "compositions", "GPTQ onto NF4-DQ", gptq_onto("nf4-dq")
     yield "compositions", "GPTQ onto E2M1, g64", r("gptq", {"grid": "e2m1", **G64})
     yield "compositions", "GPTQ onto MXFP4 (even)", gptq_onto("mxfp4-even")
     yield "compositions", "GPTQ onto NVFP4", gptq_onto("nvfp4")
-    yield "compositions", "AWQ + HQQ", awq_hqq()
+    yield "compositions", "AWQ + HQQ", r("awq", {**G64, "solver": "hqq", "zero": "float", "scale": "fp16"})
     yield "compositions", "MXFP4 W4A4, rtn", both("mxfp4")
     yield "compositions", "MXFP4 (even) W4A4, rtn", both("mxfp4-even")
     yield "compositions", "QuaRot + MXFP4 W4A4", quarot_mxfp4()

@@ -108,3 +108,13 @@ def test_impossible_groups_and_damping_are_refused_when_built():
     with pytest.raises(InputError, match="damp"):
         Ldlq(damp=-1)
     assert Rule(weight=Format(grid=by_name("int4"), block=Group(32), scale=BF16)).solver == Rtn()
+
+
+def test_scaling_composes_with_solvers():
+    scaled, plain = named("awq", {"solver": "gptq"}), named("gptq", {"symmetric": "false"})
+    assert scaled.transforms == named("awq").transforms
+    assert scaled.rules[0].solver == plain.rules[0].solver
+    assert scaled.rules[0].weight.range == plain.rules[0].weight.range
+    assert named("smoothquant", {"solver": "gptq"}).rules[0].solver == Ldlq()
+    with pytest.raises(InputError, match="solver='trellis'"):
+        named("awq", {"solver": "trellis"})

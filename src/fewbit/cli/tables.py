@@ -64,4 +64,4 @@ def _recipes() -> list[dict[str, Any]]:
 
 def _plain(value: object) -> str:
     """A default as --set takes it."""
-    return {True: "true", False: "false", None: "none"}[value] if value in (True, False, None) else str(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -3,14 +3,16 @@
 Rounding to nearest after two searches, both by the error of outputs over the calibration tokens: a scale for
 the columns of all layers that read one tensor (``fewbit.transform.Awq``, folded into what produces it), then
 a range for each group (``range=output``, the paper's clip search; ``range=minmax`` leaves it out). What each
-brings is in docs/methods/awq.md.
+brings is in docs/methods/awq.md. Beyond the paper, ``solver=gptq`` or ``hqq`` rounds what was scaled.
 """
 
 from __future__ import annotations
 
 from fewbit.recipe.recipe import Recipe, Rule
-from fewbit.recipe.weights import weight_format
+from fewbit.recipe.weights import SOLVERS, choice, weight_format
 from fewbit.transform import Awq
+
+RANGES = {"rtn": "output", "gptq": "mse", "hqq": "minmax"}  # that each solver starts from
 
 
 def awq(
@@ -27,13 +29,13 @@ def awq(
     points: int = 20,
     rows: int = 128,
     duo: bool = False,
+    solver: str = "rtn",
 ) -> Recipe:
     """Every linear layer of the blocks by AWQ, weights only (W4A16, asymmetric, by default)."""
     fmt = weight_format(
-        awq, format, range, "output",
+        awq, format, range, choice("solver", solver, RANGES),
         bits=bits, grid=grid, group_size=group_size, symmetric=symmetric, zero=zero, scale=scale,
         divisor=divisor,
     )  # fmt: skip
-    return Recipe(
-        name="awq", rules=(Rule(match="*", weight=fmt),), transforms=(Awq(points=points, rows=rows, duo=duo),)
-    )
+    rule = Rule(match="*", weight=fmt, solver=SOLVERS[solver])
+    return Recipe(name="awq", rules=(rule,), transforms=(Awq(points=points, rows=rows, duo=duo),))

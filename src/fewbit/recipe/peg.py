@@ -13,10 +13,9 @@ from fewbit.format import FP32, Format, MinMax, Zero
 from fewbit.format.activation import Activation
 from fewbit.format.block import Columns
 from fewbit.grid import Int
-from fewbit.recipe.quarot import SOLVERS
 from fewbit.recipe.recipe import Recipe, Rule
 from fewbit.recipe.w8a8 import BLOCKS, RANGES
-from fewbit.recipe.weights import choice
+from fewbit.recipe.weights import SOLVERS, choice
 
 
 def peg(*, groups: int = 6, weight: str = "channel", solver: str = "rtn", range: str = "minmax") -> Recipe:

@@ -13,9 +13,8 @@ from fewbit.format import FP16, FP32, MSE, AbsMax, Channel, Format, Token, Zero
 from fewbit.format.activation import Activation
 from fewbit.format.named import progressive
 from fewbit.grid import Int, by_name
-from fewbit.recipe.quarot import SOLVERS
 from fewbit.recipe.recipe import Recipe, Rule
-from fewbit.recipe.weights import choice
+from fewbit.recipe.weights import SOLVERS, choice
 from fewbit.transform import Permute, Smooth, SmoothAttention
 from fewbit.transform.rotation import Rotation
 

@@ -15,11 +15,9 @@ from fewbit.format import FP32, MSE, Channel, Divisor, Format, Group, MinMax, To
 from fewbit.format.activation import Activation
 from fewbit.grid import by_name
 from fewbit.recipe.recipe import Recipe, Rule
-from fewbit.recipe.weights import SCALE_NAMES, choice
-from fewbit.solve import Aimed, Ldlq, Rtn
+from fewbit.recipe.weights import SCALE_NAMES, SOLVERS, choice
 from fewbit.transform.rotation import Rotation
 
-SOLVERS = {"gptq": Ldlq(), "rtn": Rtn(), "aimed": Aimed(solver=Ldlq())}
 ZEROS = {"none": (Zero.NONE, False), "integer": (Zero.INTEGER, False), "mean": (Zero.NONE, True)}
 CLIP_OF_4_BITS = 0.75  # of the largest of 576 normal values: 2.4 standard deviations
 

@@ -10,7 +10,7 @@ from fewbit.format import FP32, AbsMax, Block, Channel, Format, PerTensor, Token
 from fewbit.format.activation import Activation
 from fewbit.grid import by_name
 from fewbit.recipe.recipe import Recipe, Rule
-from fewbit.recipe.weights import choice
+from fewbit.recipe.weights import SOLVERS, choice
 from fewbit.transform import Smooth
 
 LEVELS = {"O1": (Token(), False), "O2": (PerTensor(), False), "O3": (PerTensor(), True)}
@@ -23,6 +23,7 @@ def smoothquant(
     beta: float | None = None,
     per_channel: bool = True,
     linear: bool = False,
+    solver: str = "rtn",
 ) -> Recipe:
     """W8A8: inputs in int8 per token (O1), per tensor (O2), or per tensor with calibrated steps (O3).
 
@@ -31,7 +32,8 @@ def smoothquant(
     """
     block, static = choice("level", level.upper(), LEVELS)
     activation = Activation(format=_int8(block), static=static)
-    rule = Rule(match="*", weight=_int8(Channel() if per_channel else PerTensor()), input=activation)
+    weight = _int8(Channel() if per_channel else PerTensor())
+    rule = Rule(weight=weight, input=activation, solver=choice("solver", solver, SOLVERS))
     return Recipe(
         name="smoothquant", rules=(rule,), transforms=(Smooth(alpha=alpha, beta=beta, linear=linear),)
     )

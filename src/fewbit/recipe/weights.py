@@ -36,7 +36,9 @@ from fewbit.format import (
     format_by_name,
 )
 from fewbit.grid import by_name
+from fewbit.solve import Aimed, Hqq, Ldlq, Rtn
 
+SOLVERS = {"rtn": Rtn(), "gptq": Ldlq(), "aimed": Aimed(solver=Ldlq()), "hqq": Hqq()}
 AUTO = "auto"  # a named format's own range, otherwise the recipe's
 SCALE_NAMES = {
     "bf16": BF16, "fp16": FP16, "fp32": FP32, "e8m0": E8M0, "e4m3": E4M3_OVER_FP32, "double": DOUBLE_QUANT,
