@@ -150,7 +150,9 @@ def rows():
     yield "planted", "QuaRot W4A8", r("quarot", {"input_bits": "8"})
     yield "planted", "SpinQuant W4A4", r("spinquant", {})
     yield "planted", "QoQ W4A8 g64", r("qoq", G64)
-    yield "planted", "PEG W8A8", r("peg", {})
+    peg = {"groups": "96", "solver": "gptq"}
+    yield "planted", "PEG W8A8, K = 96, GPTQ", r("peg", peg)
+    yield "planted", "PEG W8A8, K = 96, GPTQ, down per token", r("peg", {**peg, "per_token": "*down_proj"})
     yield "4 bit", "QoQ W4A8 g64", r("qoq", G64)
 
 
