@@ -167,7 +167,7 @@ def test_inputs_of_four_bits_are_clipped_and_centred_and_may_have_a_zero():
             quarot(**bad)
     with pytest.raises(InputError, match="choose one of none, integer, mean"):
         quarot(input_zero="float")
-    assert set(SOLVERS) == {"gptq", "rtn", "aimed"}
+    assert {"gptq", "rtn", "aimed"} <= set(SOLVERS)
 
 
 def test_clipping_a_normal_token_at_three_quarters_of_its_range_loses_a_quarter_less():
