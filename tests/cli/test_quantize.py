@@ -112,6 +112,19 @@ def test_depth_block_runs(fewbit, llama):
     assert found["layers"][0]["tokens"] == 128
 
 
+def test_a_checkpoint_that_is_not_read_back_is_said_not_to_be(fewbit, llama, tmp_path):
+    ran = fewbit("quantize", llama, "-r", "rtn", "--group-size", 32, "--no-read-back", "-o", "out")
+    assert ran.code == 0
+    assert "reading it back" not in ran.err
+    assert "not read back, as asked" in ran.out
+    manifest = json.loads((tmp_path / "out" / "fewbit_manifest.json").read_text())
+    assert manifest["reload_difference"] is None
+    other = fewbit("quantize", llama, "-r", "rtn", "--group-size", 32, "-o", "read", "--json").json
+    assert other["reload_difference"] < 1e-5
+    a, b = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("out", "read"))
+    assert a == b
+
+
 @pytest.mark.slow
 def test_the_packaged_gguf_tells_what_it_stands_for(fewbit):
     ran = fewbit("plan", "smollm2", "-r", "rtn", "--group-size", 64)

@@ -107,6 +107,14 @@ DepthOption = Annotated[
         "memory, twice the time); auto asks how much memory there is."
     ),
 ]
+ReadBack = Annotated[
+    bool,
+    typer.Option(
+        "--read-back/--no-read-back",
+        help="Read the checkpoint from disk and compare its logits with the run's; without, fast recipes take "
+        "less time and prove nothing.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Show what transformers and the hub client have to say, too.")

@@ -17,6 +17,7 @@ from fewbit.cli.options import (
     GroupSize,
     Json,
     Model,
+    ReadBack,
     RecipeFile,
     RecipeName,
     Samples,
@@ -43,6 +44,7 @@ def quantize(
     seed: Seed = options.SEED,
     device: Device = None,
     depth: DepthOption = options.Depth.AUTO,
+    read_back: ReadBack = True,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -63,8 +65,9 @@ def quantize(
     where = options.device_name(device)
     with watch_run() as progress:
         result = run(
-            model, chosen, output=output, calibration=text, device=where, depth=depth.value, progress=progress
-        )
+            model, chosen, output=output, calibration=text, device=where, depth=depth.value,
+            read_back=read_back, progress=progress,
+        )  # fmt: skip
     if as_json:
         print_json(result.as_dict())
     else:

@@ -112,7 +112,9 @@ def show_result(result: Result, model: str, stream: IO[str]) -> None:
     stream.flush()
 
 
-def _verified(difference: float) -> str:
+def _verified(difference: float | None) -> str:
+    if difference is None:
+        return "no: the checkpoint was not read back, as asked"
     if difference == 0:
         return "read back from disk: its logits equal those of the run"
     return f"read back from disk: its logits equal those of the run to {difference:.1g} of the largest"
