@@ -111,8 +111,8 @@ ReadBack = Annotated[
     bool,
     typer.Option(
         "--read-back/--no-read-back",
-        help="Read the checkpoint from disk and compare its logits with the run's; without, fast recipes take "
-        "less time and prove nothing.",
+        help="Read the checkpoint from disk and compare its logits with the run's; without, fast recipes "
+        "take less time and prove nothing.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
