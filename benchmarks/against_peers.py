@@ -12,7 +12,7 @@ Both sides quantize the same float32 folder of SmolLM2 to the same setting and s
 processes of one thread: user + system CPU seconds and peak resident set as the operating system counts them.
 "Without imports" takes off what a process costs that imports the modules a run had loaded by its end, and
 does nothing else. fewbit's side contains reading the checkpoint back and comparing its logits with those of
-the run; no peer checks its file.
+the run, which no peer does; rows "not read back" leave it out (`--part time`).
 
 LLM.int8() is measured without calibration, which bitsandbytes does not have.
 
@@ -65,6 +65,7 @@ class Row:
     bits: str
     calibrated: bool = False
     once: bool = False
+    more: tuple[str, ...] = ()  # options of `fewbit quantize`
 
 
 def quanto_groups() -> Recipe:
@@ -99,6 +100,12 @@ ROWS = (
     Row(name="AWQ, 4 bit g64 asymmetric", package="llmcompressor", script="llmcompressor_awq.py",
         bits="4.31", recipe=named("awq", {"group_size": "64"}), calibrated=True, once=True),
 )  # fmt: skip
+# The same work on both sides: no peer reads its file back.
+ROWS += tuple(
+    replace(row, name=f"{row.name}, not read back", more=("--no-read-back",))
+    for row in ROWS
+    if row.name in ("NF4 g64, double quantization", "LLM.int8()", "Quanto qint4, g96 and g128", "FP8 dynamic")
+)
 
 
 def main():
@@ -173,6 +180,7 @@ def times(row: Row, peer: str, work: Path, args: argparse.Namespace) -> None:
     if row.calibrated:
         text = str(args.data / "wikitext2_raw_valid.txt")
         ours += f"--calibration {text} --samples 8 --seqlen 512".split()
+    ours += row.more
     theirs = [str(ROOT / "peers" / row.script), *job(work, row), *([row.scheme] if row.scheme else [])]
     commands = {"ours": [sys.executable, MODULES, "run", lists["ours"], *ours]}
     commands["theirs"] = [peer, MODULES, "run", lists["theirs"], *theirs]
