@@ -123,8 +123,8 @@ class Recipe:
     """Ordered rules under a name; the first match wins, a layer that none matches stays as it is.
 
     rotation: QuaRot's maps of the whole model, done first; transforms: what chooses maps at the seams of each
-    block before its layers are solved, in this order; tuning: what is still float in a block learns to make up
-    for each group of layers that was quantized, None for no such thing.
+    block before its layers are solved, in this order; tuning: what is still float in a block learns to make
+    up for each group of layers that was quantized; None for no such thing.
     """
 
     name: str
@@ -151,13 +151,13 @@ class Recipe:
             if isinstance(rule.solver, Tuner):
                 raise InputError(
                     f"recipe {self.name!r} tunes between groups, and {type(rule.solver).__name__} of rule "
-                    f"{rule.match!r} learns from the whole block at once; give a solver of single layers, such "
-                    "as Ldlq(), or no tuning"
+                    f"{rule.match!r} learns from the whole block at once; give a solver of single layers, "
+                    "such as Ldlq(), or no tuning"
                 )
             if any(input is not None and input.static for _, input in rule.choices):
                 raise InputError(
-                    f"recipe {self.name!r} tunes norms after rule {rule.match!r} has fitted static steps to what "
-                    "comes out of them; use dynamic ones, or no tuning"
+                    f"recipe {self.name!r} tunes norms after rule {rule.match!r} has fitted static steps to "
+                    "what comes out of them; use dynamic ones, or no tuning"
                 )
 
     def rule_for(self, layer: str) -> Rule | None:

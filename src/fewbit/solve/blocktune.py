@@ -12,11 +12,11 @@ QuIP#, Tseng et al. 2024, https://arxiv.org/abs/2402.04396, section 5 and algori
 2024, https://arxiv.org/abs/2401.06118, section 3.4, tunes what is float after the last layer; QTIP, Tseng et
 al. 2024, https://arxiv.org/abs/2406.11235, does as QuIP#.
 
-Departures: errors count relative to each token's size, since the norm that reads the stream divides by it: the
-first token's is a thousand times the others', and would be all that is learned. The rate falls to 0.
+Departures: errors count relative to each token's size, since the norm that reads the stream divides by it;
+the first token's is a thousand times the others', and would be all that is learned. The rate falls to 0.
 
-Roads not taken: real sign vectors (QuIP#'s S_U, S_V as learned row and column scales), 16 (1/m + 1/n) bits per
-weight: 0.04 at 576 x 1536. Tuning on the likelihood of the whole model afterwards, which needs its gradients.
+Roads not taken: real sign vectors (QuIP#'s S_U, S_V as learned row and column scales), 16 (1/m + 1/n) bits
+per weight: 0.04 at 576 x 1536. Tuning on the likelihood of the whole model, which needs its gradients.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from fewbit.solve.calls import Calls, fast_bfloat16
 class BlockTuning:
     """How a block is tuned after each of its groups.
 
-    steps: updates after each group; lr: rate of weights, Adam's, falling linearly to 0; lr_rest: of norm gains
-    and biases; batch: windows per update; held: share of the windows that choose the best state and teach
-    nothing; looks: how often they are asked after each group.
+    steps: updates after each group; lr: rate of weights, Adam's, falling linearly to 0; lr_rest: of norm
+    gains and biases; batch: windows per update; held: share of the windows that choose the best state and
+    teach nothing; looks: how often they are asked after each group.
     """
 
     steps: int = 100
@@ -50,13 +50,13 @@ class BlockTuning:
     def __post_init__(self):
         if self.steps < 1 or self.batch < 1 or not 1 <= self.looks <= self.steps:
             raise InputError(
-                f"tuning with {self.steps} steps of {self.batch} windows and {self.looks} looks is impossible; "
-                "all must be positive and looks at most steps"
+                f"tuning with {self.steps} steps of {self.batch} windows and {self.looks} looks is impossible;"
+                " all must be positive and looks at most steps"
             )
         if not (self.lr > 0 and self.lr_rest > 0 and 0 < self.held < 1):
             raise InputError(
-                f"tuning at rates {self.lr} and {self.lr_rest} with a share {self.held} held out is impossible; "
-                "rates must be positive and the share between 0 and 1"
+                f"tuning at rates {self.lr} and {self.lr_rest} with a share {self.held} held out is "
+                "impossible; rates must be positive and the share between 0 and 1"
             )
 
     def split(self, calls: int) -> int:

@@ -36,8 +36,8 @@ from fewbit.nn.linear import change_input, transform_input
 from fewbit.seams.diagonal import first
 from fewbit.solve import Rtn, SolverWarning
 from fewbit.solve.tune import Tuner
-from fewbit.stream.blocks import Blocks, set_weight, watch, weight_of
 from fewbit.stream.between import make_up
+from fewbit.stream.blocks import Blocks, set_weight, watch, weight_of
 from fewbit.stream.choose import choose, error, static_params
 from fewbit.stream.fold import Notes, fold_maps
 from fewbit.stream.inputs import Inputs
