@@ -24,6 +24,8 @@ from torch import Tensor
 from fewbit.format import Channel, QTensor
 from fewbit.grid.learned import collect, decode
 
+_CONVERGED = 1e-9  # of the squared gradient; past it rounding errors steer
+
 
 def update(w: Tensor, h: Tensor, q: QTensor, steps: int) -> QTensor:
     """``q`` with better tables, then better steps where each row has a plain one; its codes stay.
@@ -45,12 +47,11 @@ def update(w: Tensor, h: Tensor, q: QTensor, steps: int) -> QTensor:
     r = gather((w - spread(c)) @ h)
     z = r / weight
     p, rz = z, (r * z).sum()
+    enough = _CONVERGED * rz
     for _ in range(steps):
-        if not rz > 0:
-            break
         hp = spread(p) @ h
         curvature = (hp * spread(p)).sum()
-        if not curvature > 0:
+        if not (rz > enough and curvature > 0):
             break
         c = c + rz / curvature * p
         r = r - rz / curvature * gather(hp)
