@@ -41,7 +41,7 @@ class BlockTuning:
     """
 
     steps: int = 100
-    lr: float = 1e-4
+    lr: float = 3e-4
     lr_rest: float = 1e-3
     batch: int = 4
     held: float = 0.125
@@ -50,14 +50,19 @@ class BlockTuning:
     def __post_init__(self):
         if self.steps < 1 or self.batch < 1 or not 1 <= self.looks <= self.steps:
             raise InputError(
-                f"tuning with {self.steps} steps of {self.batch} windows and {self.looks} looks is impossible;"
-                " all must be positive and looks at most steps"
+                f"tuning with {self.steps} steps of {self.batch} windows and {self.looks} looks is "
+                "impossible; all must be positive and looks at most steps"
             )
         if not (self.lr > 0 and self.lr_rest > 0 and 0 < self.held < 1):
             raise InputError(
                 f"tuning at rates {self.lr} and {self.lr_rest} with a share {self.held} held out is "
                 "impossible; rates must be positive and the share between 0 and 1"
             )
+
+    @classmethod
+    def of(cls, steps: int, batch: int = 4) -> BlockTuning | None:
+        """So many updates after each group; 0: no tuning."""
+        return cls(steps=steps, batch=batch, looks=max(1, min(4, steps))) if steps else None
 
     def split(self, calls: int) -> int:
         """How many of so many calls of the block are learned from; the rest is held out."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fewbit.errors import InputError
 from fewbit.format import Params, QTensor, Stats
+from fewbit.format.fake import Through
 from fewbit.format.split import Apart, SplitTensor, without
 from fewbit.io import inputs
 from fewbit.io.skeleton import dematerialize, materialize
@@ -334,7 +335,11 @@ class Loop:
             return
         module, basis = self.model.get_submodule(layer.module), layer.rule.basis
         mapped = (lambda x: x) if basis is None else layer.input_map.apply
-        change = lambda x: layer.activation(mapped(x), params, apart)  # noqa: E731
+
+        def change(x: Tensor) -> Tensor:
+            x = mapped(x)  # tuning sees gradients go straight through the rounding
+            return Through.apply(x, layer.activation(x.detach(), params, apart))
+
         waiting = [flow.stop for flow in self.flows if flow.stop is not None and flow.stop.module is module]
         for stop in waiting:  # hooks that are added now come too late for them
             stop.change = change
