@@ -113,9 +113,11 @@ def test_where_nothing_is_lost_nothing_is_learned(tmp_path):
 def test_the_plan_says_what_tuning_costs(folders):
     source, recipes = open_source(folders / "llama"), (higgs(bits=2), higgs(bits=2, tune=50))
     plain, tuned = (make_plan(source, recipe, SMALL)[0] for recipe in recipes)
-    assert plain.calibration is None and tuned.calibration == SMALL
+    assert plain.calibration is None
+    assert tuned.calibration == SMALL
     assert tuned.depth == "block"
-    assert tuned.peak_bytes > plain.peak_bytes and tuned.seconds > plain.seconds
+    assert tuned.peak_bytes > plain.peak_bytes
+    assert tuned.seconds > plain.seconds
     assert any("50 updates of 128 tokens" in said for said in tuned.caveats)
     with pytest.raises(InputError, match="leave the depth at auto"):
         make_plan(source, recipes[1], SMALL, depth="linear")
@@ -124,7 +126,7 @@ def test_the_plan_says_what_tuning_costs(folders):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(InputError, match="SignRound of rule .* learns from the whole block"):
+    with pytest.raises(InputError, match=r"SignRound of rule .* learns from the whole block"):
         Recipe(name="both", rules=autoround().rules, tuning=TUNING)
     static = Activation(format=Format(grid=by_name("int8"), scale=FP32), static=True)
     fmt = Format(grid=by_name("int8"), block=Channel(), scale=FP32)
@@ -138,5 +140,6 @@ def test_what_cannot_be_is_refused():
 
 
 def test_no_steps_are_no_tuning():
-    assert qtip().tuning is None and named("qtip", {"tune": "0"}) == qtip()
+    assert qtip().tuning is None
+    assert named("qtip", {"tune": "0"}) == qtip()
     assert named("quip-sharp", {"tune": "30"}).tuning.steps == 30
