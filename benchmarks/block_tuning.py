@@ -39,9 +39,9 @@ def rows():
     for windows_of_text in (32, 256):
         yield "QTIP, L = 12, no tuning", qtip, windows_of_text
         yield "QTIP, L = 12, 150 steps", at(qtip, steps=150), windows_of_text
-    for lr in (1e-4, 1e-3):
-        yield f"QTIP, L = 12, 150 steps at {lr:.0e}", at(qtip, steps=150, lr=lr), 256
-    yield "QTIP, L = 12, 150 steps, norms at 3e-3", at(qtip, steps=150, lr_rest=3e-3), 256
+    for lr in (0.003, 0.03):
+        yield f"QTIP, L = 12, 150 steps at {lr}", at(qtip, steps=150, lr=lr), 256
+    yield "QTIP, L = 12, 150 steps, norms at 0.003", at(qtip, steps=150, lr_rest=3e-3), 256
     yield "QTIP, L = 12, 400 steps", at(qtip, steps=400), 256
     yield "QuIP#, no tuning", sharp, 256
     yield "QuIP#, 150 steps", at(sharp, steps=150), 256

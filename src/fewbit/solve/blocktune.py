@@ -6,7 +6,8 @@ F is one transformer block with the layers quantized so far, theta its weights t
 norm gains and its biases, X the inputs that came through the quantized blocks before, Y the outputs of the
 float model there. After q, k, v were solved, theta is tuned, then o is solved from its tuned weight, and so
 on; after the last layer only norms and biases are left to learn, which the checkpoint stores anyway. Any
-solver of single layers gains by it, and no bit is added.
+solver of single layers gains by it, and no bit is added. Learned tables of layers that are solved move, too:
+their entries are the continuous part of those layers (AQLM, phase 3; GPTVQ's tuning), codes and steps stay.
 
 QuIP#, Tseng et al. 2024, https://arxiv.org/abs/2402.04396, section 5 and algorithm 5. AQLM, Egiazarian et al.
 2024, https://arxiv.org/abs/2401.06118, section 3.4, tunes what is float after the last layer; QTIP, Tseng et
@@ -21,27 +22,29 @@ per weight: 0.04 at 576 x 1536. Tuning on the likelihood of the whole model, whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
-from fewbit.solve.calls import Calls, fast_bfloat16
+from fewbit.format import QTensor, value_of
+from fewbit.solve.calls import EMPTY, Calls, fast_bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTuning:
     """How a block is tuned after each of its groups.
 
-    steps: updates after each group; lr: rate of weights, Adam's, falling linearly to 0; lr_rest: of norm
-    gains and biases; batch: windows per update; held: share of the windows that choose the best state and
-    teach nothing; looks: how often they are asked after each group.
+    steps: updates after each group; lr: Adam's rate of a weight matrix as a share of its root mean square,
+    falling linearly to 0; lr_rest: rate of norm gains and biases, and of tables as a share of theirs; batch:
+    windows per update; held: share of the windows that choose the best state and teach nothing; looks: how
+    often they are asked after each group.
     """
 
     steps: int = 100
-    lr: float = 3e-4
+    lr: float = 0.01
     lr_rest: float = 1e-3
     batch: int = 4
     held: float = 0.125
@@ -80,44 +83,75 @@ class Outcome:
     error: float
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Soft:
+    """A solved layer whose learned tables still move; place: its weight [out, in] as a block parameter."""
+
+    q: QTensor
+    place: Callable[[Tensor], Tensor]
+
+    @property
+    def tables(self) -> Tensor:
+        """Where they stand, float32 [tables, entries]."""
+        return value_of(self.q.table).float()
+
+    def moved(self, tables: Tensor) -> QTensor:
+        """The layer with other tables, as they are stored."""
+        book, grid = self.q.format.codebook, self.q.format.grid
+        return replace(self.q, table=book.keep(book.points(tables, grid)))
+
+    def weight(self, tables: Tensor) -> Tensor:
+        """The block's parameter, differentiable in the tables [tables, entries]."""
+        return self.place(replace(self.q, table=tables).dequantize())
+
+
 def tune_rest(
     train: Calls,
     held: Calls,
     leaves: Mapping[str, Tensor],
     tuning: BlockTuning,
     stored: Mapping[str, torch.dtype],
+    soft: Mapping[str, Soft] = EMPTY,
 ) -> Outcome:
     """Values of ``leaves`` (parameters of the block by name) that bring ``train``'s calls to their targets.
 
     stored: dtype in which a checkpoint keeps those of them that it keeps; candidates are rounded to it before
-    they are measured. The block stays as it is. Deterministic.
+    they are measured. soft: parameters that are learned through their tables, which stand in ``values`` in
+    their place. The block stays as it is. Deterministic.
     """
-    first = {n: p.detach().float() for n, p in leaves.items()}
-    start = held_error(held, first)
+    first = {n: p.detach().float() for n, p in leaves.items()} | {n: s.tables for n, s in soft.items()}
+    placed = lambda values: {n: soft[n].weight(v) if n in soft else v for n, v in values.items()}  # noqa: E731
+
+    def kept(n: str, p: Tensor) -> Tensor:
+        if n in soft:
+            return value_of(soft[n].moved(p.detach()).table).float()
+        return p.detach().to(stored.get(n, p.dtype)).float().clone()
+
+    start = held_error(held, placed(first))
     best = Outcome(values=first, start=start, error=start)
     own = {n: p.clone().requires_grad_() for n, p in first.items()}
-    rates = {n: tuning.lr if p.ndim > 1 else tuning.lr_rest for n, p in own.items()}
-    groups = [
-        {"params": [own[n] for n in own if rates[n] == r], "lr": r} for r in sorted(set(rates.values()))
-    ]
-    if not groups or start == 0:
+    if not own or start == 0:
         return best
-    optimizer, generator = torch.optim.Adam(groups, betas=(0.9, 0.95)), torch.Generator().manual_seed(0)
+    size = {n: float(p.square().mean().sqrt()) if p.ndim > 1 else 1.0 for n, p in first.items()}
+    matrices = {n for n, p in own.items() if p.ndim > 1} - set(soft)
+    rates = [size[n] * (tuning.lr if n in matrices else tuning.lr_rest) for n in own]
+    optimizer = torch.optim.Adam([{"params": [p]} for p in own.values()], betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(0)
     queue: list[int] = []
     for step in range(tuning.steps):
         queue = queue or torch.randperm(len(train.inputs), generator=generator).tolist()
-        for group, rate in zip(optimizer.param_groups, sorted(set(rates.values())), strict=True):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / tuning.steps)
         optimizer.zero_grad()
         with torch.enable_grad():
-            loss = relative(train, queue.pop(), own, fast=True)
+            loss = relative(train, queue.pop(), placed(own), fast=True)
         loss.backward()
         grads = [p.grad for p in own.values() if p.grad is not None]
         if torch.stack([g.sum() for g in grads]).isfinite().all():
             optimizer.step()
         if (step + 1) * tuning.looks // tuning.steps > step * tuning.looks // tuning.steps:
-            values = {n: p.detach().to(stored.get(n, p.dtype)).float().clone() for n, p in own.items()}
-            error = held_error(held, values)
+            values = {n: kept(n, p) for n, p in own.items()}
+            error = held_error(held, placed(values))
             if error < best.error:
                 best = Outcome(values=values, start=start, error=error)
     return best
