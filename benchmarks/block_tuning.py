@@ -3,7 +3,7 @@
     python benchmarks/block_tuning.py [--data FOLDER] [--device cuda] [--workers N] [--only TEXT ...]
 
 SmolLM2-135M as in methods.py: KL and perplexity on 12 windows of 512 tokens of WikiText-2 raw test against
-the float model, calibration of WikiText-2 validation in windows of 512, seed 0. A row is a process of its own.
+the float model, calibration of WikiText-2 validation in windows of 512, seed 0. A row is a process.
 Seconds are by the clock of quantizing, with ``--workers`` rows at a time on one GPU.
 
 Rows are written to benchmarks/results/block_tuning.json as they come, and are not run again.
