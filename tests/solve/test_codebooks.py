@@ -1,6 +1,7 @@
 """GPTVQ and AQLM lower the layer's error by each of their parts; their feedback is exact."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fewbit.solve.ldlq import factor, feed_back, ldlq
 from fewbit.solve.refine import refine
 from fewbit.solve.tables import error, update
 
+ONES = torch.ones(96, 1, dtype=torch.float64)
 INT8 = Format(grid=Int(8, narrow=True), block=Channel(), scale=FP16)
 
 
@@ -68,12 +70,21 @@ def test_pairs_err_less_than_scalars_at_the_same_size(layer):
     assert error(w, h, two) < 0.9 * error(w, h, one)
 
 
+def test_a_step_for_each_row_pays_where_rows_differ_in_size(layer):
+    w, h = fast(layer)
+    w = w * torch.logspace(-1, 1, 96)[torch.randperm(96, generator=torch.Generator().manual_seed(1)), None]
+    fmt = tiles(2)
+    stepped = replace(fmt, block=Channel(), scale=FP16)
+    loss = [error(w, h, Gptvq()(w, Stats(gram=h), f)) for f in (fmt, stepped)]
+    assert loss[1] < 0.8 * loss[0]
+
+
 def test_the_error_that_is_fed_forward_is_the_whole_error(layer):
     """tr((W - Q) H (W - Q)^T) is the sum of what each vector leaves, weighed by its D: for any tables."""
     w, h = layer
     fmt = tiles(2)
     m, r = factor(h, 0.0, 2)
-    reached = _Reached(fmt, w.shape, r @ r.mT)
+    reached = _Reached(fmt, w.shape, r @ r.mT, ONES)
     left = []
 
     def watch(i, rest):
@@ -113,12 +124,12 @@ def test_costs_of_whole_blocks_beat_their_diagonal(layer):
     w, h = layer
     fmt = tiles(4)
     m, r = factor(h, 0.0, 4)
-    exact = feed_back(w.t().contiguous(), m, _Reached(fmt, w.shape, r @ r.mT), 4, 48)
+    exact = feed_back(w.t().contiguous(), m, _Reached(fmt, w.shape, r @ r.mT, ONES), 4, 48)
     assert exact.shape == (24, 96)
     single = factor(h, 0.0, 1)[0]
     loss = {}
     for name, by in (("block", m), ("diagonal", single)):
-        reached = _Reached(fmt, w.shape, r @ r.mT)
+        reached = _Reached(fmt, w.shape, r @ r.mT, ONES)
         values = []
 
         def watch(i, rest, reached=reached, values=values):

@@ -102,6 +102,6 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
 
 __all__ = [
     "RECIPES", "Alternative", "Recipe", "Rule", "aqlm", "autoround", "awq", "fp8", "fp8_dynamic", "from_yaml",
-    "gptq", "gptvq", "higgs", "hqq", "int8", "kmeans", "llm_int8", "mofq", "named", "nf4", "omniquant", "peg", "qoq", "qtip",
-    "quanto", "quarot", "quip", "quip_sharp", "rtn", "smoothquant", "spinquant", "w8a8",
+    "gptq", "gptvq", "higgs", "hqq", "int8", "kmeans", "llm_int8", "mofq", "named", "nf4", "omniquant", "peg",
+    "qoq", "qtip", "quanto", "quarot", "quip", "quip_sharp", "rtn", "smoothquant", "spinquant", "w8a8",
 ]  # fmt: skip

@@ -10,7 +10,8 @@
 Egiazarian, Panferov, Kuznedelev, Frantar, Babenko, Alistarh 2024, https://arxiv.org/abs/2401.06118.
 
 Departures: the first codes carry feedback, where the paper starts from plain k-means; phase 2 solves where
-the paper descends by Adam, and gets H with damping. Block tuning (phase 3) is `TuneTables`.
+the paper descends by Adam, and gets H with damping. Block tuning, phase 3,
+is `fewbit.solve.blocktune`: it moves tables and norms after each group of layers, not once after the last.
 """
 
 from __future__ import annotations

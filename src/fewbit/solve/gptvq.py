@@ -10,8 +10,9 @@ vector i costs once the vectors after it have answered, so it weighs the fit and
 feedback takes the block factor M whole, not its diagonal.
 
 Departures: the codebook update solves the least squares problem (tables.py) where the paper descends by Adam;
-``passes`` then choose all codes and tables in turn again, which the paper does not. Left out: blockwise
-scales (their gain pays for little more than their bits, appendix), the low-rank codebooks of d = 1.
+``passes`` then choose all codes and tables in turn again, which the paper does not. A step for each row, s_o,
+may stand before the tables: x is divided by it and costs count s_o^2. Left out: scales of sub-rows (their
+gain pays for little more than their bits, appendix), the low-rank codebooks of d = 1.
 
 Shapes: w_t [in, out] as in ldlq.py; vectors of a group [row groups, rows x columns / d, d].
 """
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
-from fewbit.format import Format, Need, QTensor, Tiles
+from fewbit.format import Channel, Format, Need, QTensor, Tiles
 from fewbit.grid.learned import choose, decode
 from fewbit.solve.ldlq import factor, feed_back
 from fewbit.solve.refine import refine
@@ -55,10 +56,11 @@ class Gptvq(Solver):
 
     def check(self, fmt):
         book = fmt.codebook
-        if book is None or not isinstance(book.block, Tiles) or fmt.grid.books > 1 or fmt.scale is not None:
+        rows = fmt.scale is None or (isinstance(fmt.block, Channel) and fmt.scale.scale is None)
+        if book is None or not isinstance(book.block, Tiles) or fmt.grid.books > 1 or not rows:
             raise InputError(
                 f"Gptvq learns one table for each tile as it goes and cannot serve {fmt}; give a "
-                "Learned grid of one book, a codebook over Tiles and no scale"
+                "Learned grid of one book, a codebook over Tiles and no scale, or one per row"
             )
 
     def together(self, ws, stats, fmt):
@@ -68,11 +70,15 @@ class Gptvq(Solver):
         width = fmt.grid.width
         fmt.check(w.shape)
         m, r = factor(h.to(w.dtype), self.damp, width)
-        rounding = _Reached(fmt, w.shape, r @ r.mT)
+        raw = w.square().mean(1, keepdim=True).sqrt()
+        scale = None if fmt.scale is None else fmt.store(raw, w)
+        rounding = _Reached(
+            fmt, w.shape, r @ r.mT, torch.ones_like(raw) if scale is None else scale.to(w.dtype)
+        )
         codes = feed_back(w.t().contiguous(), m, rounding, width, 128)
         table = fmt.codebook.keep(torch.stack(rounding.tables, 1).flatten(0, 1))
         codes = codes.t().contiguous().to(fmt.grid.code_dtype)
-        q = QTensor(codes=codes, scale=None, zero=None, format=fmt, shape=w.shape, table=table)
+        q = QTensor(codes=codes, scale=scale, zero=None, format=fmt, shape=w.shape, table=table)
         h = h + self.damp * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
         for i in range(self.passes + 1):
             q = refine(w, h, q, 1) if i else q
@@ -83,19 +89,20 @@ class Gptvq(Solver):
 class _Reached:
     """Tables fitted when their first column is reached, on weights that carry the errors."""
 
-    def __init__(self, fmt: Format, shape: tuple[int, ...], cost: Tensor):
+    def __init__(self, fmt: Format, shape: tuple[int, ...], cost: Tensor, s: Tensor):
         tile = fmt.codebook.block.of(shape)
+        self.s, self.runs = s, s.view(shape[0] // tile.rows, -1, 1)  # [out, 1], and by table
         self.fmt, self.cost, self.span, self.groups = fmt, cost, tile.cols, shape[0] // tile.rows
         self.tables: list[Tensor] = []  # of each column group [row groups, 1, K, w], before storage
 
     def __call__(self, i, rest):
         w, book = self.fmt.grid.width, self.fmt.codebook
         if i % self.span == 0:
-            x = rest[: self.span].t().reshape(self.groups, -1, w)
+            x = (rest[: self.span].t() / self.s).reshape(self.groups, -1, w)
             own = self.cost[i // w : (i + self.span) // w]
-            cost = own.repeat(x.shape[1] // len(own), 1, 1).expand(self.groups, -1, -1, -1)
+            cost = (self.runs.square()[..., None, None] * own).flatten(1, 2)
             self.tables.append(self.fmt.range.tables(x, self.fmt.grid, cost))
             self.points = book.points(book.keep(self.tables[-1]), self.fmt.grid, x.dtype)
-        x = rest[:w].t().reshape(self.groups, -1, w)
+        x = (rest[:w].t() / self.s).reshape(self.groups, -1, w)
         code = choose(x, self.points, self.cost[i // w])
-        return code.flatten(), decode(code, self.points).flatten(0, 1).t()
+        return code.flatten(), (decode(code, self.points).flatten(0, 1) * self.s).t()

@@ -18,6 +18,7 @@ back from disk after writing and must reproduce them (verify.py).
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
@@ -36,6 +37,7 @@ from fewbit.io.source import check_finite
 from fewbit.nn.linear import change_input, transform_input
 from fewbit.seams.diagonal import first
 from fewbit.solve import Rtn, SolverWarning
+from fewbit.solve.blocktune import Soft
 from fewbit.solve.tune import Tuner
 from fewbit.stream.between import make_up
 from fewbit.stream.blocks import Blocks, set_weight, watch, weight_of
@@ -252,16 +254,25 @@ class Loop:
     def _between(self, block, name, groups, flows, stored: set[str], out, rows) -> None:
         """Solve each group from the block's own inputs, then tune what is still float in the block."""
         calls = [(flow.stop.args, flow.stop.kwargs) for flow in flows]
+        soft: dict[str, Soft] = {}
         for group in groups:
             own, first_row = self._inputs(group), len(rows)
             if any(layer.rule.needs for layer in group):
                 self._watch(block, {group[0].module: own}, flows)
             self._solve(group, own.stats(), out, rows)
-            solved = {f"{m}.weight".removeprefix(f"{name}.") for m in out}
+            solved = {f"{m}.weight".removeprefix(f"{name}."): m for m in out}
+            for layer in group:
+                if layer.rule.weight.codebook is not None:
+                    q = out[layer.module].to(self.plan.device)
+                    n = f"{layer.module}.weight".removeprefix(f"{name}.")
+                    soft[n] = Soft(q=q, place=functools.partial(as_parameter, layer))
             found = make_up(
                 block, solved, stored, self.plan.source.dtype, calls, self.float_outputs,
-                self.plan.recipe.tuning,
+                self.plan.recipe.tuning, soft,
             )  # fmt: skip
+            if found.error < found.start:
+                soft = {n: replace(s, q=s.moved(found.values[n])) for n, s in soft.items()}
+                out |= {solved[n]: s.q.to("cpu") for n, s in soft.items()}
             rows[first_row:] = [
                 replace(r, block_error=found.start, tuned_error=found.error) for r in rows[first_row:]
             ]
@@ -414,6 +425,11 @@ def in_flow(layer: PlannedLayer, value: Tensor) -> Tensor:
     """
     basis = layer.rule.basis
     return value if basis is None else basis.leave(value, inputs=layer.activation is None)
+
+
+def as_parameter(layer: PlannedLayer, value: Tensor) -> Tensor:
+    """``in_flow`` as the module stores its weight."""
+    return in_flow(layer, value).t() if layer.transposed else in_flow(layer, value)
 
 
 def _outside_flow(block: nn.Module, stop) -> object:
