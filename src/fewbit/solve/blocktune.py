@@ -145,6 +145,8 @@ def tune_rest(
         optimizer.zero_grad()
         with torch.enable_grad():
             loss = relative(train, queue.pop(), placed(own), fast=True)
+        if not loss.requires_grad:  # the calls reach none of them
+            return best
         loss.backward()
         grads = [p.grad for p in own.values() if p.grad is not None]
         if torch.stack([g.sum() for g in grads]).isfinite().all():
