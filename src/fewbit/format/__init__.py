@@ -1,10 +1,11 @@
 """Formats: the types of quantized tensors, the rules for their ranges, and the named ones."""
 
 from fewbit.format.aciq import ACIQ
-from fewbit.format.block import BLOCKS, Block, Block2d, Channel, Flat, Group, PerTensor, Token
+from fewbit.format.block import BLOCKS, Block, Block2d, Channel, Flat, Group, PerTensor, Tiles, Token
 from fewbit.format.fit import (
     MSE,
     AbsMax,
+    Clusters,
     MinMax,
     OutputMSE,
     Percentile,
@@ -13,7 +14,7 @@ from fewbit.format.fit import (
     Range,
     Scaling,
 )
-from fewbit.format.format import Divisor, Format, Params, Zero
+from fewbit.format.format import Codebook, Divisor, Format, Params, Zero
 from fewbit.format.named import (
     BF16,
     DOUBLE_QUANT,
@@ -31,12 +32,25 @@ from fewbit.format.prior import Gaussian, Prior
 from fewbit.format.qtensor import QTensor, value_of
 from fewbit.format.stats import Need, Stats
 
-RANGES = (AbsMax, MinMax, Percentile, MSE, OutputMSE, PowerOfTwo, Progressive, Gaussian, ACIQ, OCTAV)
+RANGES = (
+    AbsMax,
+    MinMax,
+    Percentile,
+    MSE,
+    OutputMSE,
+    PowerOfTwo,
+    Progressive,
+    Gaussian,
+    ACIQ,
+    OCTAV,
+    Clusters,
+)
 
 __all__ = [
     "ACIQ", "BF16", "BLOCKS", "DOUBLE_QUANT", "E4M3_OVER_FP32", "E8M0", "FORMATS", "FP16", "FP32",
-    "MSE", "OCTAV", "RANGES", "SCALES", "AbsMax", "Block", "Block2d", "Channel", "Divisor", "Flat",
+    "MSE", "OCTAV", "RANGES", "SCALES", "AbsMax", "Block", "Block2d", "Channel", "Clusters", "Codebook",
+    "Divisor", "Flat",
     "Format", "Gaussian", "Group", "MinMax", "Need", "OutputMSE", "Params", "PerTensor", "Percentile",
-    "PowerOfTwo", "Prior", "Progressive", "QTensor", "Range", "Scaling", "Stats", "Token", "Zero",
+    "PowerOfTwo", "Prior", "Progressive", "QTensor", "Range", "Scaling", "Stats", "Tiles", "Token", "Zero",
     "find_format", "format_by_name", "value_of",
 ]  # fmt: skip

@@ -47,7 +47,7 @@ class Activation:
 
     def __post_init__(self):
         own = self.format
-        if own.scale is None or own.grid.width > 1:
+        if own.scale is None or own.grid.width > 1 or own.codebook is not None:
             raise InputError(f"activations need a scalar format with steps, got {own}")
         if self.static and not isinstance(own.block, PerTensor | Columns):
             raise InputError(

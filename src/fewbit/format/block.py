@@ -12,6 +12,7 @@ set. Fitting, encoding and decoding are then the same three lines for every gran
 | Group(g)     | group along the input     | [out, in / g]                |
 | Columns(n)   | groups of input columns   | [in / n]                     |
 | Block2d(r,c) | 2-D block (FP8 128 x 128) | [out / r, in / c]            |
+| Tiles(n)     | at least n, <= 256 columns | [out / r, in / c], by shape  |
 | Flat(n)      | n consecutive elements    | [ceil(out * in / n)]         |
 
 Road not taken: padding a side that a block does not divide. Libraries pad, skip or let groups straddle rows
@@ -205,6 +206,46 @@ class Block2d(Block):
 
 
 @dataclass(frozen=True)
+class Tiles(Block):
+    """Rectangles of at least ``size`` elements, of the same shape as far as the sides allow.
+
+    The columns are the largest divisor of the matrix's that is at most ``most`` (of those that 8 divides,
+    where there are any; 0: all columns), the rows the least divisor that makes up ``size``, or all rows.
+    """
+
+    size: int
+    most: int = 256
+
+    def __post_init__(self):
+        if self.size < 1 or self.most < 0:
+            raise InputError(f"tiles of {self.size} elements, {self.most} columns wide, are impossible")
+
+    def of(self, shape: torch.Size | tuple[int, ...]) -> Block2d:
+        """The rectangle for a matrix of ``shape``."""
+        rows, n = shape[-2:]
+        cols = [c for c in range(1, min(n, self.most or n) + 1) if n % c == 0]
+        cols = max(cols, key=lambda c: (c % 8 == 0, c))
+        fits = (r for r in range(1, rows + 1) if rows % r == 0 and r * cols >= self.size)
+        return Block2d(next(fits, rows), cols)
+
+    def check(self, shape, what="tensor"):
+        if len(shape) != 2:
+            raise InputError(f"tiles cut matrices, and {what} has shape {list(shape)}")
+
+    def scale_shape(self, shape):
+        return self.of(shape).scale_shape(shape)
+
+    def split(self, x):
+        return self.of(x.shape).split(x)
+
+    def join(self, blocks, shape):
+        return self.of(shape).join(blocks, shape)
+
+    def take(self, p, shape, columns):
+        return self.of(shape).take(p, shape, columns)
+
+
+@dataclass(frozen=True)
 class Flat(Block):
     """``size`` consecutive elements in memory order, rows ignored; the last block may be short.
 
@@ -236,4 +277,4 @@ class Flat(Block):
         return p[(rows * shape[1] + columns) // self.size]
 
 
-BLOCKS = (PerTensor, Channel, Token, Group, Columns, Block2d, Flat)
+BLOCKS = (PerTensor, Channel, Token, Group, Columns, Block2d, Tiles, Flat)

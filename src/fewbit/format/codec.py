@@ -17,12 +17,12 @@ from fewbit.errors import InputError
 from fewbit.format import RANGES
 from fewbit.format.activation import Activation
 from fewbit.format.block import BLOCKS
-from fewbit.format.format import Format
+from fewbit.format.format import Codebook, Format
 from fewbit.format.split import Split
 from fewbit.grid import by_name
 from fewbit.grid.grid import Grid
 
-FORMAT_CLASSES = (Format, Activation, Split, *BLOCKS, *RANGES)
+FORMAT_CLASSES = (Format, Codebook, Activation, Split, *BLOCKS, *RANGES)
 
 
 def to_plain(value: object) -> object:

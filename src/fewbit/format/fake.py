@@ -107,7 +107,7 @@ def export(x: Tensor, at: Steps, nudge: Tensor | None = None) -> QTensor:
 
 def check(fmt: Format) -> None:
     """Raise ``InputError`` for a format whose steps cannot be learned."""
-    if fmt.scale is None or fmt.grid.width > 1 or fmt.zero is Zero.MEAN:
+    if fmt.scale is None or fmt.codebook or fmt.grid.width > 1 or fmt.zero is Zero.MEAN:
         raise InputError(
             f"steps of {fmt} cannot be learned; use a scalar grid with steps, such as int4 in groups of 64"
         )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fewbit.errors import InputError
 from fewbit.grid.grid import Grid
+from fewbit.grid.learned import Learned, learn
 
 
 class Target(Protocol):
@@ -189,6 +190,43 @@ class OutputMSE(Range):
 
         lo, hi = least_loss(x.transpose(0, 1).contiguous(), fmt, loss, self.steps, self.shrink)
         return lo.t().contiguous(), hi.t().contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clusters(Range):
+    """Tables by k-means: the points of a `Learned` grid with the least sum of squared errors.
+
+    With ``weighted``, errors e [w] of the vectors that meet inputs g count as e H_gg e^T (of scalars: times
+    diag H), where the calibration gathered H. ``iterations`` of EM; vectors are thinned evenly to at most
+    ``sample`` per entry (0: all). Where there is a step, it is the root mean square of its block.
+    """
+
+    iterations: int = 50
+    weighted: bool = True
+    sample: int = 64
+
+    def __post_init__(self):
+        if self.iterations < 1 or self.sample < 0:
+            raise InputError(
+                f"{self.iterations} iterations on {self.sample} vectors per entry learn no table; give 1 or "
+                "more, and 0 for all vectors"
+            )
+
+    @property
+    def wants_importance(self):
+        return self.weighted
+
+    def __call__(self, x, fmt, importance):
+        a = torch.linalg.vector_norm(x, dim=-1) / math.sqrt(x.shape[-1])
+        return -a, a
+
+    def tables(self, x: Tensor, grid: Learned, cost: Tensor | None) -> Tensor:
+        """Vectors [T, N, w] and costs [T, N, w, w] or None -> tables [T, M, K, w]."""
+        most = self.sample << grid.entry_bits
+        if grid.width > 1 and most and x.shape[1] > most:
+            at = torch.linspace(0, x.shape[1] - 1, most, device=x.device, dtype=torch.float64).long()
+            x, cost = x[:, at], None if cost is None else cost[:, at]
+        return learn(x, grid, cost, self.iterations)
 
 
 def least_loss(

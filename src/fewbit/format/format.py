@@ -18,18 +18,19 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
-from fewbit.format.block import Block, Channel, Flat, Group, PerTensor
-from fewbit.format.fit import MSE, AbsMax, OutputMSE, Progressive, Range
+from fewbit.format.block import Block, Channel, Flat, Group, PerTensor, Tiles
+from fewbit.format.fit import MSE, AbsMax, Clusters, OutputMSE, Progressive, Range
 from fewbit.format.qtensor import QTensor, value_of
 from fewbit.grid.grid import Grid
 from fewbit.grid.integer import Int
+from fewbit.grid.learned import Learned, choose, decode
 
 # Scales in one of these are kept as tensors of the dtype; any other grid makes the scale a QTensor.
 _NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -54,22 +55,75 @@ class Divisor(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
-    """What ``Format.fit`` finds: the step as stored and the zero (or offset), one per block."""
+    """What ``Format.fit`` finds: the step as stored and the zero (or offset), one per block; the tables."""
 
     scale: Tensor | QTensor | None
     zero: Tensor | None
+    table: Tensor | QTensor | None = None
 
     def to(self, device: torch.device | str) -> Params:
         """The same on another device."""
-        moved = (None if p is None else p.to(device) for p in (self.scale, self.zero))
-        return Params(scale=next(moved), zero=next(moved))
+        parts = (self.scale, self.zero, self.table)
+        scale, zero, table = (None if p is None else p.to(device) for p in parts)
+        return Params(scale=scale, zero=zero, table=table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codebook:
+    """Whose points are learned: the blocks of a tensor that share a table, and how tables are stored.
+
+    store: a plain FP16, BF16 or FP32, or any format with steps, of the matrix [tables, grid.entries].
+    """
+
+    block: Block
+    store: Format
+
+    def __post_init__(self):
+        if self.store.scale is None and self.store.grid.name not in _NATIVE:
+            raise InputError(f"tables cannot be stored as {self.store}; give FP16, or a format with steps")
+
+    def shape(self, grid: Learned, shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+        """Tables and numbers in each for a tensor of ``shape``."""
+        return math.prod(self.block.scale_shape(shape)), grid.entries
+
+    def keep(self, tables: Tensor) -> Tensor | QTensor:
+        """Tables [T, M, K, w] as they are stored."""
+        tables, own = tables.flatten(1), self.store
+        return tables.to(_NATIVE[own.grid.name]) if own.scale is None else own.quantize(tables)
+
+    def points(self, table: Tensor | QTensor, grid: Learned, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Stored tables -> [T, M, K, w]."""
+        return value_of(table).to(dtype).view(-1, grid.books, 2**grid.entry_bits, grid.width)
+
+    def vectors(self, x: Tensor, width: int) -> Tensor:
+        """The vectors of x [..., in] by the table they share, [T, N, w]."""
+        tables = math.prod(self.block.scale_shape(x.shape))
+        return self.block.split(x).reshape(tables, -1, width)
+
+    def join(self, parts: Tensor, shape: torch.Size | tuple[int, ...], width: int) -> Tensor:
+        """Inverse of `vectors` for the codes [T, N] of a tensor of ``shape``: [..., in / w]."""
+        own, codes = self._narrow(shape, width)
+        return own.join(parts.view(*own.scale_shape(codes), -1), codes)
+
+    def split(self, codes: Tensor, width: int) -> Tensor:
+        """Inverse of `join`: codes [..., in / w] by table, [T, N]."""
+        own, _ = self._narrow((*codes.shape[:-1], codes.shape[-1] * width), width)
+        return own.split(codes).reshape(math.prod(own.scale_shape(codes.shape)), -1)
+
+    def _narrow(self, shape, width: int) -> tuple[Block, tuple[int, ...]]:
+        """The block and the shape when ``width`` columns are one."""
+        own = self.block.of(shape) if isinstance(self.block, Tiles) else self.block
+        side = next((name for name in ("cols", "size") if hasattr(own, name)), None)
+        own = replace(own, **{side: getattr(own, side) // width}) if side else own
+        return own, (*shape[:-1], shape[-1] // width)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """A grid, the blocks that share a step, the rule for their range, the offset, and the steps' own Format.
 
-    ``scale=None`` is a plain number format without any scale (a cast). Raises ``InputError`` for a
+    ``scale=None`` is a plain number format without any scale (a cast). ``codebook``: whose points the codes
+    of a `Learned` grid mean; its ``range`` is `Clusters`, which learns them. Raises ``InputError`` for a
     combination that means nothing.
     """
 
@@ -79,8 +133,19 @@ class Format:
     zero: Zero = Zero.NONE
     divisor: Divisor = Divisor.EDGE
     scale: Format | None = None
+    codebook: Codebook | None = None
 
     def __post_init__(self):
+        learned = (
+            isinstance(self.grid, Learned),
+            self.codebook is not None,
+            isinstance(self.range, Clusters),
+        )
+        if any(learned) and not (all(learned) and self.zero is Zero.NONE):
+            raise InputError(
+                f"learned tables need a Learned grid, a codebook, range=Clusters() and no zero, got "
+                f"{self.grid.name}, {self.codebook}, {self.range} and zero {self.zero}"
+            )
         if self.scale is None and self.zero is not Zero.NONE:
             raise InputError(
                 f"format {self.grid.name} has a zero point but no scale; give scale=FP16 or another"
@@ -106,8 +171,9 @@ class Format:
                     f"range {type(self.range).__name__} asks where points lie on a line, and those of "
                     f"{self.grid.name} are vectors of {self.grid.width}; use Gaussian() or MSE()"
                 )
-            within = getattr(self.block, "cols", getattr(self.block, "size", self.grid.width))
-            if within % self.grid.width:
+            blocks = (self.block, *([] if self.codebook is None else [self.codebook.block]))
+            sides = (getattr(b, "cols", getattr(b, "size", 0)) for b in blocks if not isinstance(b, Tiles))
+            if within := next((side for side in sides if side % self.grid.width), 0):
                 raise InputError(
                     f"{self.grid.name} codes {self.grid.width} columns at once and blocks of {within} cut "
                     f"some of them in two; use blocks of a multiple of {self.grid.width}"
@@ -166,6 +232,14 @@ class Format:
                 f"{self.grid.name} codes tiles of {height} rows, which do not divide the rows of {what} of "
                 f"shape {list(shape)}; choose a grid without tiles or exclude this layer with a rule"
             )
+        if self.codebook is not None:
+            self.codebook.block.check(shape, what)
+            own = self.codebook.block
+            if isinstance(own, Tiles) and own.of(shape).cols % width:
+                raise InputError(
+                    f"{self.grid.name} codes {width} columns at once and tables of {what} of shape "
+                    f"{list(shape)} would serve {own.of(shape).cols}; choose another width or other tiles"
+                )
         if self.scale is not None and self.scale.scale is not None:
             self.scale.check(self.block.scale_shape(shape), f"the steps of {what}")
 
@@ -176,7 +250,7 @@ class Format:
         [in, in] itself; used by range rules that want it. parent: when ``x`` are the steps of another
         tensor, that tensor. Raises ``InputError`` for NaN or Inf, and where the block does not tile ``x``.
         """
-        if self.scale is None:
+        if self.scale is None and self.codebook is None:
             return Params(scale=None, zero=None)
         self.check(x.shape)
         # the sum tells at a fifth of the price
@@ -186,6 +260,8 @@ class Format:
                 f"tensor of shape {list(x.shape)} holds {bad} NaN or Inf values; nothing can be fitted"
             )
         x = x if x.dtype == torch.float64 else x.float()
+        if self.codebook is not None:
+            return self._learn(x, importance)
         mean = x.mean().to(self.zero_dtype) if self.zero is Zero.MEAN else None
         blocks = self.block.split(parent if self.range.of_parent else x if mean is None else x - mean)
         if importance is not None:
@@ -197,6 +273,27 @@ class Format:
         scale = self.store(self._step(lo, hi), x)
         zero = mean if self.zero is Zero.MEAN else self._offset(lo, self._nonzero(value_of(scale)), scale)
         return Params(scale=scale, zero=zero)
+
+    def _learn(self, x: Tensor, importance: Tensor | None) -> Params:
+        """Steps, then the tables of what the steps leave; importance as for `fit`."""
+        scale, w = None, self.grid.width
+        unit, cost = x, None
+        if importance is not None and self.range.weighted:
+            gram = importance.to(x.dtype)
+            gram = gram.diag() if gram.ndim == 1 else gram
+            own = torch.stack([gram[i : i + w, i : i + w] for i in range(0, len(gram), w)])
+            at = torch.arange(len(own), device=x.device).expand(*x.shape[:-1], -1)
+            cost = own[self.codebook.split(at, w)]
+        if self.scale is not None:
+            blocks = self.block.split(x)
+            scale = self.store(self._step(*self.range(blocks, self, None)), x)
+            step = self._nonzero(value_of(scale)).to(x.dtype).unsqueeze(-1).expand_as(blocks)
+            step = self.block.join(step, x.shape)
+            unit = x / step
+            if cost is not None:
+                cost = cost * self.codebook.vectors(step, w)[..., :1, None].square()
+        tables = self.range.tables(self.codebook.vectors(unit, w), self.grid, cost)
+        return Params(scale=scale, zero=None, table=self.codebook.keep(tables))
 
     def _importance(self, importance: Tensor, x: Tensor, n: int) -> Tensor:
         """What the range rule reads: a weight for each element, or the products of each block's columns."""
@@ -227,7 +324,7 @@ class Format:
         dtype = _NATIVE.get(own.grid.name) if own.scale is None else None
         if dtype is not None:
             info = torch.finfo(dtype)
-            tile = self.grid.height > 1  # no walk through a trellis is all zero
+            tile = self.grid.height > 1 or self.codebook is not None  # nothing there need be all zero
             unused = 0.0 if tile or self.grid.snap(raw.new_zeros(self.grid.width)).any() else 1.0
             return torch.where(raw > 0, raw, unused).clamp(info.smallest_normal, info.max).to(dtype)
         if not getattr(own.grid, "zero", True):  # powers of two: upwards, or up to 1.5 max would be clipped
@@ -301,8 +398,18 @@ class Format:
             return self.from_unit(self.grid.snap(u), scale, zero)
         return self.from_unit(self.grid.snap(u.unflatten(-1, (-1, self.grid.width))).flatten(-2), scale, zero)
 
-    def unit_values(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Points of the grid that codes [..., n / width] mean, before step and zero: [..., n]."""
+    def unit_values(
+        self, codes: Tensor, dtype: torch.dtype = torch.float32, table: Tensor | QTensor | None = None
+    ) -> Tensor:
+        """Points of the grid that codes [..., n / width] mean, before step and zero: [..., n].
+
+        table: the learned tables, as stored, of a tensor with a codebook.
+        """
+        if self.codebook is not None:
+            own, w = self.codebook, self.grid.width
+            values = decode(own.split(codes, w), own.points(table, self.grid, dtype))
+            shape = (*codes.shape[:-1], codes.shape[-1] * w)
+            return own.block.join(values.view(*own.block.scale_shape(shape), -1), shape)
         values = self.grid.value(codes, dtype)
         return values if self.grid.width == 1 else values.flatten(-2)
 
@@ -330,14 +437,20 @@ class Format:
         """``x`` on the grid with given parameters, rounded to nearest, or stochastically with a generator."""
         self.check(x.shape)
         if self.scale is None:
-            codes = self._round(x, generator)
+            unit = x
         else:
             x = x if x.dtype == torch.float64 else x.float()
             scale = self._nonzero(value_of(params.scale)).to(x.dtype).unsqueeze(-1)
             zero = None if params.zero is None else params.zero.to(x.dtype).unsqueeze(-1)
-            unit = self._to_unit(self.block.split(x), scale, zero)
-            codes = self._round(self.block.join(unit, x.shape), generator)
-        return QTensor(codes=codes, scale=params.scale, zero=params.zero, format=self, shape=x.shape)
+            unit = self.block.join(self._to_unit(self.block.split(x), scale, zero), x.shape)
+        if self.codebook is None:
+            codes = self._round(unit, generator)
+        else:
+            own, w = self.codebook, self.grid.width
+            found = choose(own.vectors(unit, w), own.points(params.table, self.grid, unit.dtype))
+            codes = own.join(found, x.shape, w).to(self.grid.code_dtype)
+        kept = {"scale": params.scale, "zero": params.zero, "table": params.table}
+        return QTensor(codes=codes, **kept, format=self, shape=x.shape)
 
     def quantize(self, x: Tensor, importance: Tensor | None = None) -> QTensor:
         """``encode(x, fit(x))``."""
@@ -345,6 +458,8 @@ class Format:
 
     def columns(self, params: Params, shape: torch.Size, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         """Step and zero that the given columns of a matrix [out, in] see: [out or 1, len(columns)], float."""
+        if params.scale is None:
+            return torch.ones(1, len(columns), device=columns.device), None
         scale = self.block.take(self._nonzero(value_of(params.scale)), shape, columns)
         if params.zero is None:
             return scale, None
@@ -358,7 +473,11 @@ class Format:
         """True when rows of a matrix can be quantized apart with the same result: no block or scale spans
         rows.
         """
-        own = self.scale
+        own, book = self.scale, self.codebook
+        if book is not None:
+            kept = book.store.scale is None or book.store.rows_independent
+            if own is None or not (kept and isinstance(book.block, Channel)):
+                return kept and isinstance(book.block, Channel)
         local = own is not None and own.scale is None and self.zero is not Zero.MEAN
         return local and isinstance(self.block, Channel | Group) and self.grid.height == 1
 
@@ -374,16 +493,25 @@ class Format:
             blocks = self.block.scale_shape(shape)
             bits += math.prod(blocks) * self.scale.bits_per_weight(blocks)
             bits += self.zero_bits * (1 if self.zero is Zero.MEAN else math.prod(blocks))
+        if self.codebook is not None:
+            tables = self.codebook.shape(self.grid, shape)
+            bits += math.prod(tables) * self.codebook.store.bits_per_weight(tables)
         return bits / n
 
     def __str__(self) -> str:
         """Short name in the field's terms: 'int4 group 64 asymmetric (fp16 scales)'."""
+        tables = ""
+        if self.codebook is not None:
+            tables = f" ({self.codebook.store} tables per {_say(self.codebook.block)})"
         if self.scale is None:
-            return self.grid.name
-        shape = type(self.block).__name__.lower()
-        sizes = "x".join(str(v) for v in vars(self.block).values())
+            return self.grid.name + tables
         kind = {Zero.NONE: "symmetric", Zero.INTEGER: "asymmetric"}.get(self.zero, f"{self.zero} zero")
-        return f"{self.grid.name} {shape}{' ' + sizes if sizes else ''} {kind} ({self.scale} scales)"
+        return f"{self.grid.name} {_say(self.block)} {kind} ({self.scale} scales){tables}"
+
+
+def _say(block: Block) -> str:
+    sizes = "x".join(str(v) for v in vars(block).values())
+    return f"{type(block).__name__.lower()} {sizes}".strip()
 
 
 @functools.lru_cache(maxsize=256)

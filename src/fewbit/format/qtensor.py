@@ -26,7 +26,8 @@ class QTensor:
     """Codes, scale and zero of one tensor, with the Format that gives them meaning.
 
     codes: ``format.grid.code_dtype`` [*shape[:-1], shape[-1] / grid.width]; scale: float tensor or QTensor of
-    shape ``format.block.scale_shape(shape)``, None for a plain number format; zero: the same shape, or None.
+    shape ``format.block.scale_shape(shape)``, None for a plain number format; zero: the same shape, or None;
+    table: learned points, float tensor or QTensor [tables, grid.entries], where the format has a codebook.
     """
 
     codes: Tensor
@@ -34,11 +35,12 @@ class QTensor:
     zero: Tensor | None
     format: Format
     shape: torch.Size
+    table: Tensor | QTensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tensor that the codes mean, [*shape], computed in float32 and returned as ``dtype``."""
         block, scale = self.format.block, value_of(self.scale)
-        unit = self.format.unit_values(self.codes)
+        unit = self.format.unit_values(self.codes, table=self.table)
         if scale is None:
             return unit.to(dtype)
         scale = scale.float().unsqueeze(-1)
@@ -48,17 +50,14 @@ class QTensor:
 
     @property
     def nbytes(self) -> float:
-        """Bytes of everything that must be stored, densely packed: codes, scales, zeros, to any depth."""
+        """Bytes of everything that must be stored, densely packed: codes, scales, zeros, tables."""
         return self.bits_per_weight * math.prod(self.shape) / 8
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits over elements: codes, scales, zeros, to any depth, densely packed."""
         bits = self.codes.numel() * self.format.grid.bits
-        if isinstance(self.scale, QTensor):
-            bits += 8 * self.scale.nbytes
-        elif self.scale is not None:
-            bits += 8 * self.scale.element_size() * self.scale.numel()
+        bits += sum(8 * p.nbytes for p in (self.scale, self.table) if p is not None)
         if self.zero is not None:
             bits += self.format.zero_bits * self.zero.numel()
         return bits / math.prod(self.shape)
@@ -66,24 +65,20 @@ class QTensor:
     def rows(self, start: int, stop: int) -> QTensor:
         """Rows ``start`` to ``stop`` of a matrix [out, in]; only for formats whose rows are independent."""
         assert self.format.rows_independent, f"{self.format} couples rows"
-        part = slice(start, stop)
-        scale = self.scale
-        if isinstance(scale, QTensor):
-            shape = torch.Size((stop - start, *scale.shape[1:]))
-            scale = QTensor(codes=scale.codes[part], scale=None, zero=None, format=scale.format, shape=shape)
-        else:
-            scale = scale[part]
-        zero = None if self.zero is None else self.zero[part]
-        shape = torch.Size((stop - start, *self.shape[1:]))
-        return QTensor(codes=self.codes[part], scale=scale, zero=zero, format=self.format, shape=shape)
+        return self._part(slice(start, stop))
+
+    def _part(self, part: slice) -> QTensor:
+        shape = torch.Size((part.stop - part.start, *self.shape[1:]))
+        cut = lambda p: p._part(part) if isinstance(p, QTensor) else None if p is None else p[part]  # noqa: E731
+        scale, zero, table = map(cut, (self.scale, self.zero, self.table))
+        codes = self.codes[part]
+        return QTensor(codes=codes, scale=scale, zero=zero, format=self.format, shape=shape, table=table)
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same on another device."""
-        scale = self.scale if self.scale is None else self.scale.to(device)
-        zero = None if self.zero is None else self.zero.to(device)
-        return QTensor(
-            codes=self.codes.to(device), scale=scale, zero=zero, format=self.format, shape=self.shape
-        )
+        parts = (self.codes, self.scale, self.zero, self.table)
+        codes, scale, zero, table = (None if p is None else p.to(device) for p in parts)
+        return QTensor(codes=codes, scale=scale, zero=zero, format=self.format, shape=self.shape, table=table)
 
 
 def value_of(p: Tensor | QTensor | None) -> Tensor | None:

@@ -152,8 +152,8 @@ def learn(x: Tensor, grid: Learned, a: Tensor | None = None, iterations: int = 5
     for m in range(grid.books):
         k = 2**grid.entry_bits
         if grid.width == 1:
-            weights = None if a is None else a[..., 0, 0]
-            table = kmeans(rest[..., 0], k, weights=weights, iterations=iterations)[0].unsqueeze(-1)
+            weights, line = None if a is None else a[..., 0, 0], rest[..., 0].contiguous()
+            table = kmeans(line, k, weights=weights, iterations=iterations)[0].unsqueeze(-1)
         else:
             table = em(rest, k, a, iterations)[0]
         books.append(table.to(x.dtype))

@@ -4,6 +4,7 @@ A quantized module X holds, instead of ``X.weight``,
 
     X.codes   uint8 [..., ceil(in * b / 8)]  unsigned fields of b bits, least significant first, row by row
     X.scale   the steps in their own dtype; where a step is itself quantized X.scale_codes, X.scale_scale, ...
+    X.table   learned points [tables, entries], stored like the steps: X.table, or X.table_codes, ...
     X.zero    integer zeros packed like codes along the last axis; float zeros and offsets in their own dtype
 
 and config.json says once which Formats there are and which module has which:
@@ -124,6 +125,10 @@ def layout(
     """Name (without the module) -> shape and dtype of every stored tensor of a weight of ``shape``."""
     out = {} if apart is None else apart.layout(shape[0])
     out |= {f"{prefix}codes": (_packed_shape(_codes_shape(format, shape), format.grid.bits), torch.uint8)}
+    if format.codebook is not None:
+        own, tables = format.codebook.store, format.codebook.shape(format.grid, shape)
+        plain = {f"{prefix}table": (tables, _NATIVE.get(own.grid.name))}
+        out |= plain if _is_plain(own) else layout(own, tables, f"{prefix}table_")
     if format.scale is None:
         return out
     blocks = tuple(format.block.scale_shape(shape))
@@ -154,10 +159,11 @@ def _packed_shape(shape: Shape, bits: int) -> Shape:
 
 def _pack_all(q: QTensor, prefix: str) -> dict[str, Tensor]:
     out = {f"{prefix}codes": _pack(q.format.grid, q.codes)}
-    if isinstance(q.scale, QTensor):
-        out |= _pack_all(q.scale, f"{prefix}scale_")
-    elif q.scale is not None:
-        out[f"{prefix}scale"] = q.scale.contiguous()
+    for name, part in (("scale", q.scale), ("table", q.table)):
+        if isinstance(part, QTensor):
+            out |= _pack_all(part, f"{prefix}{name}_")
+        elif part is not None:
+            out[f"{prefix}{name}"] = part.contiguous()
     if q.zero is not None:
         whole = q.format.zero is Zero.INTEGER
         out[f"{prefix}zero"] = _pack(q.format.grid, q.zero) if whole else q.zero.contiguous()
@@ -166,7 +172,11 @@ def _pack_all(q: QTensor, prefix: str) -> dict[str, Tensor]:
 
 def _unpack_all(tensors: Mapping[str, Tensor], format: Format, shape: torch.Size, prefix: str) -> QTensor:
     codes = _unpack(format.grid, tensors[f"{prefix}codes"], _codes_shape(format, shape))
-    scale = zero = None
+    scale = zero = table = None
+    if format.codebook is not None:
+        own, kept = format.codebook.store, torch.Size(format.codebook.shape(format.grid, shape))
+        table = tensors.get(f"{prefix}table")
+        table = _unpack_all(tensors, own, kept, f"{prefix}table_") if table is None else table
     if format.scale is not None:
         blocks = torch.Size(format.block.scale_shape(shape))
         if _is_plain(format.scale):
@@ -176,7 +186,7 @@ def _unpack_all(tensors: Mapping[str, Tensor], format: Format, shape: torch.Size
         if format.zero is not Zero.NONE:
             zero = tensors[f"{prefix}zero"]
             zero = _unpack(format.grid, zero, blocks) if format.zero is Zero.INTEGER else zero
-    return QTensor(codes=codes, scale=scale, zero=zero, format=format, shape=shape)
+    return QTensor(codes=codes, scale=scale, zero=zero, format=format, shape=shape, table=table)
 
 
 def _pack(grid: Grid, codes: Tensor) -> Tensor:

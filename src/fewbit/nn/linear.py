@@ -8,8 +8,8 @@ T^-1 comes before the bias. Where columns O are kept apart (``fewbit.format.spli
 x_O W_O^T is added in float.
 
 The buffers hold the canonical, unpacked QTensor: ``codes``, ``scale``, ``zero``; where the scale is itself a
-QTensor, ``scale_codes``, ``scale_scale`` and so on to any depth. Files hold the same names packed
-(``fewbit.io.native``).
+QTensor, ``scale_codes``, ``scale_scale`` and so on to any depth; ``table`` likewise. Files hold the
+same names packed (``fewbit.io.native``).
 
 Road not taken: a subclass of ``torch.nn.Linear`` with a weight that is a tensor subclass. Code that asks for
 ``isinstance(m, nn.Linear)`` goes on to read or overwrite ``weight``, which is wrong here.
@@ -171,10 +171,11 @@ def change_input(change: Callable[[Tensor], Tensor], args: tuple, kwargs: dict) 
 def _flatten(q: QTensor, prefix: str = "") -> dict[str, Tensor]:
     """Every tensor of a QTensor under its name: codes, scale or scale_..., zero."""
     out = {f"{prefix}codes": q.codes}
-    if isinstance(q.scale, QTensor):
-        out |= _flatten(q.scale, f"{prefix}scale_")
-    elif q.scale is not None:
-        out[f"{prefix}scale"] = q.scale
+    for name, part in (("scale", q.scale), ("table", q.table)):
+        if isinstance(part, QTensor):
+            out |= _flatten(part, f"{prefix}{name}_")
+        elif part is not None:
+            out[f"{prefix}{name}"] = part
     if q.zero is not None:
         out[f"{prefix}zero"] = q.zero
     return out
@@ -186,5 +187,9 @@ def _gather(format: Format, shape: torch.Size, tensors: dict[str, Tensor], prefi
     if scale is None and format.scale is not None:
         blocks = torch.Size(format.block.scale_shape(shape))
         scale = _gather(format.scale, blocks, tensors, f"{prefix}scale_")
+    table = tensors.get(f"{prefix}table")
+    if table is None and format.codebook is not None:
+        kept = torch.Size(format.codebook.shape(format.grid, shape))
+        table = _gather(format.codebook.store, kept, tensors, f"{prefix}table_")
     codes, zero = tensors[f"{prefix}codes"], tensors.get(f"{prefix}zero")
-    return QTensor(codes=codes, scale=scale, zero=zero, format=format, shape=shape)
+    return QTensor(codes=codes, scale=scale, zero=zero, format=format, shape=shape, table=table)

@@ -9,11 +9,14 @@ import typing
 from collections.abc import Callable
 
 from fewbit.errors import InputError
+from fewbit.recipe.aqlm import aqlm
 from fewbit.recipe.autoround import autoround
 from fewbit.recipe.awq import awq
 from fewbit.recipe.gptq import gptq
+from fewbit.recipe.gptvq import gptvq
 from fewbit.recipe.higgs import higgs
 from fewbit.recipe.hqq import hqq
+from fewbit.recipe.kmeans import kmeans
 from fewbit.recipe.mofq import mofq
 from fewbit.recipe.omniquant import omniquant
 from fewbit.recipe.peg import peg
@@ -51,6 +54,9 @@ RECIPES: tuple[Callable[..., Recipe], ...] = (
     quip,
     quip_sharp,
     qtip,
+    kmeans,
+    gptvq,
+    aqlm,
 )
 
 
@@ -95,7 +101,7 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
 
 
 __all__ = [
-    "RECIPES", "Alternative", "Recipe", "Rule", "autoround", "awq", "fp8", "fp8_dynamic", "from_yaml",
-    "gptq", "higgs", "hqq", "int8", "llm_int8", "mofq", "named", "nf4", "omniquant", "peg", "qoq", "qtip",
-    "quanto", "quarot", "quip", "quip_sharp", "rtn", "smoothquant", "spinquant", "w8a8",
+    "RECIPES", "Alternative", "Recipe", "Rule", "aqlm", "autoround", "awq", "fp8", "fp8_dynamic", "from_yaml",
+    "gptq", "gptvq", "higgs", "hqq", "int8", "kmeans", "llm_int8", "mofq", "named", "nf4", "omniquant", "peg",
+    "qoq", "qtip", "quanto", "quarot", "quip", "quip_sharp", "rtn", "smoothquant", "spinquant", "w8a8",
 ]  # fmt: skip

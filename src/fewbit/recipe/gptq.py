@@ -10,6 +10,7 @@ from __future__ import annotations
 from fewbit.recipe.recipe import Recipe, Rule
 from fewbit.recipe.weights import weight_format
 from fewbit.solve import Ldlq
+from fewbit.solve.blocktune import BlockTuning
 
 
 def gptq(
@@ -27,12 +28,17 @@ def gptq(
     act_order: bool = True,
     static_groups: bool = True,
     lazy: int = 128,
+    tune: int = 0,
 ) -> Recipe:
-    """Every linear layer of the blocks by GPTQ, weights only (W4A16 by default)."""
+    """Every linear layer of the blocks by GPTQ, weights only (W4A16 by default).
+
+    tune: updates of what is still float in a block after each group of its layers.
+    """
     fmt = weight_format(
         gptq, format, range, "mse",
         bits=bits, grid=grid, group_size=group_size, symmetric=symmetric, zero=zero, scale=scale,
         divisor=divisor,
     )  # fmt: skip
     solver = Ldlq(damp=damp, act_order=act_order, static_groups=static_groups, lazy=lazy)
-    return Recipe(name="gptq", rules=(Rule(match="*", weight=fmt, solver=solver),))
+    rule = Rule(match="*", weight=fmt, solver=solver)
+    return Recipe(name="gptq", rules=(rule,), tuning=BlockTuning.of(tune))

@@ -13,6 +13,7 @@ from fewbit.grid import by_name
 from fewbit.recipe.recipe import Recipe, Rule
 from fewbit.recipe.weights import SCALE_NAMES, choice
 from fewbit.solve import Ldlq, Rtn
+from fewbit.solve.blocktune import BlockTuning
 from fewbit.transform import Incoherence
 
 SOLVERS = {"rtn": Rtn(), "gptq": Ldlq(act_order=False)}
@@ -27,8 +28,12 @@ def higgs(
     scale: str = "fp16",
     solver: str = "rtn",
     seed: int = 0,
+    tune: int = 0,
 ) -> Recipe:
-    """Every linear layer of the blocks on Gaussian points, bits * p = log2(n); group_size=-1: rows."""
+    """Every linear layer of the blocks on Gaussian points, bits * p = log2(n); group_size=-1: rows.
+
+    tune: updates of what is still float in a block after each group of its layers, which needs data.
+    """
     n = round(2 ** (bits * p)) if n is None else n
     if n < 2:
         raise InputError(f"{bits} bits for {p} weights together leave {n} points; give at least 2")
@@ -40,4 +45,4 @@ def higgs(
     )
     basis = Incoherence(output=False, block=None if group_size == -1 else group_size, seed=seed)
     rule = Rule(weight=fmt, basis=basis, solver=choice("solver", solver, SOLVERS))
-    return Recipe(name="higgs", rules=(rule,))
+    return Recipe(name="higgs", rules=(rule,), tuning=BlockTuning.of(tune))

@@ -13,6 +13,7 @@ from fewbit.grid.trellis import Code
 from fewbit.recipe.recipe import Recipe, Rule
 from fewbit.recipe.weights import choice
 from fewbit.solve import Ldlq
+from fewbit.solve.blocktune import BlockTuning
 from fewbit.transform import Incoherence
 
 CODES = {str(code): code for code in Code}
@@ -26,9 +27,13 @@ def qtip(
     rho: float = 0.95,
     damp: float = 0.01,
     seed: int = 0,
+    tune: int = 0,
 ) -> Recipe:
-    """Every linear layer of the blocks on a trellis; state_bits=16 is the paper's, for a GPU or patience."""
+    """Every linear layer of the blocks on a trellis; state_bits=16 is the paper's, for a GPU or patience.
+
+    tune: updates of what is still float in a block after each group of its layers.
+    """
     grid = Trellis(code=choice("code", code, CODES), rate=bits, state_bits=state_bits)
     fmt = Format(grid=grid, block=PerTensor(), range=Gaussian(rho=rho), scale=FP32)
     rule = Rule(weight=fmt, solver=Ldlq(act_order=False, damp=damp), basis=Incoherence(seed=seed))
-    return Recipe(name="qtip", rules=(rule,))
+    return Recipe(name="qtip", rules=(rule,), tuning=BlockTuning.of(tune))

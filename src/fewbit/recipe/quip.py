@@ -14,6 +14,7 @@ from fewbit.grid import by_name
 from fewbit.recipe.recipe import Recipe, Rule
 from fewbit.recipe.weights import choice
 from fewbit.solve import Ldlq
+from fewbit.solve.blocktune import BlockTuning
 from fewbit.transform import Incoherence, Spread
 
 E8 = {
@@ -34,8 +35,12 @@ def quip(
     damp: float = 0.01,
     passes: int = 1,
     seed: int = 0,
+    tune: int = 0,
 ) -> Recipe:
-    """Every linear layer of the blocks on integers in a random orthogonal basis, by LDLQ and its passes."""
+    """Every linear layer of the blocks on integers in a random orthogonal basis, by LDLQ and its passes.
+
+    tune: updates of what is still float in a block after each group of its layers.
+    """
     fmt = Format(
         grid=by_name(grid or f"int{bits}"),
         zero=Zero.NONE if grid else Zero.OFFSET,  # levels lie on both sides of 0, none on it
@@ -43,7 +48,7 @@ def quip(
         range=Gaussian(),
         scale=FP32,
     )
-    return _recipe("quip", fmt, spread, damp, passes, seed)
+    return _recipe("quip", fmt, spread, damp, passes, seed, tune)
 
 
 def quip_sharp(
@@ -55,8 +60,12 @@ def quip_sharp(
     damp: float = 0.01,
     passes: int = 1,
     seed: int = 0,
+    tune: int = 0,
 ) -> Recipe:
-    """Every linear layer of the blocks on E8P in a Hadamard basis, by LDLQ of 8 columns and its passes."""
+    """Every linear layer of the blocks on E8P in a Hadamard basis, by LDLQ of 8 columns and its passes.
+
+    tune: updates of what is still float in a block after each group of its layers.
+    """
     grid, usual = choice("bits", str(bits), E8)
     fmt = Format(
         grid=by_name(grid),
@@ -64,13 +73,13 @@ def quip_sharp(
         range=Gaussian(rho=usual if rho is None else rho),
         scale=FP32,
     )
-    return _recipe("quip_sharp", fmt, spread, damp, passes, seed)
+    return _recipe("quip_sharp", fmt, spread, damp, passes, seed, tune)
 
 
-def _recipe(name: str, fmt: Format, spread: str, damp: float, passes: int, seed: int) -> Recipe:
+def _recipe(name: str, fmt: Format, spread: str, damp: float, passes: int, seed: int, tune: int) -> Recipe:
     rule = Rule(
         weight=fmt,
         solver=Ldlq(act_order=False, damp=damp, passes=passes),
         basis=Incoherence(spread=choice("spread", spread, SPREADS), seed=seed),
     )
-    return Recipe(name=name, rules=(rule,))
+    return Recipe(name=name, rules=(rule,), tuning=BlockTuning.of(tune))

@@ -19,6 +19,7 @@ from fewbit.format.activation import Activation
 from fewbit.format.codec import FORMAT_CLASSES, from_plain, to_plain
 from fewbit.format.split import Split
 from fewbit.solve import SOLVERS, Need, Rtn, Solver
+from fewbit.solve.blocktune import BlockTuning
 from fewbit.solve.tune import Tuner
 from fewbit.transform import CHOOSERS
 from fewbit.transform.chooser import Chooser
@@ -105,7 +106,7 @@ class Rule:
             return frozenset()
         needs = set(self.solver.needs) | ({Need.SAMPLE} if self.split is not None else set())
         for weight, input in self.choices:
-            if weight.scale is not None and weight.range.wants_importance:
+            if (weight.scale or weight.codebook) and weight.range.wants_importance:
                 needs.add(Need.GRAM)
             if input is not None and (input.static or self.alternatives):
                 needs |= {Need.COLUMNS, Need.SAMPLE}
@@ -129,13 +130,15 @@ class Recipe:
     """Ordered rules under a name; the first match wins, a layer that none matches stays as it is.
 
     rotation: QuaRot's maps of the whole model, done first; transforms: what chooses maps at the seams of each
-    block before its layers are solved, in this order.
+    block before its layers are solved, in this order; tuning: what is still float in a block learns to make
+    up for each group of layers that was quantized; None for no such thing.
     """
 
     name: str
     rules: tuple[Rule, ...]
     transforms: tuple[Chooser, ...] = ()
     rotation: Rotation | None = None
+    tuning: BlockTuning | None = None
 
     def __post_init__(self):
         if not self.rules:
@@ -147,6 +150,22 @@ class Recipe:
                 f"recipe {self.name!r} maps the inputs of layers twice at every call; give the rotation "
                 "online=false, or the rules no basis"
             )
+        if self.tuning is not None:
+            self._check_tuning()
+
+    def _check_tuning(self) -> None:
+        for rule in self.rules:
+            if isinstance(rule.solver, Tuner):
+                raise InputError(
+                    f"recipe {self.name!r} tunes between groups, and {type(rule.solver).__name__} of rule "
+                    f"{rule.match!r} learns from the whole block at once; give a solver of single layers, "
+                    "such as Ldlq(), or no tuning"
+                )
+            if any(input is not None and input.static for _, input in rule.choices):
+                raise InputError(
+                    f"recipe {self.name!r} tunes norms after rule {rule.match!r} has fitted static steps to "
+                    "what comes out of them; use dynamic ones, or no tuning"
+                )
 
     def rule_for(self, layer: str) -> Rule | None:
         """The first rule that matches the layer's full name, or None."""
@@ -165,7 +184,7 @@ def from_yaml(text: str, where: str = "recipe file") -> Recipe:
         raise InputError(f"{where} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise InputError(f"{where} holds no recipe; expected the YAML that fewbit writes beside a checkpoint")
-    own = (Recipe, Rule, Alternative, Incoherence, Rotation)
+    own = (Recipe, Rule, Alternative, Incoherence, Rotation, BlockTuning)
     recipe = from_plain(data, (*own, *SOLVERS, *CHOOSERS, *FORMAT_CLASSES))
     if not isinstance(recipe, Recipe):
         raise InputError(f"{where} holds a {type(recipe).__name__}, expected a Recipe")

@@ -77,7 +77,7 @@ class Hqq(Solver):
         return frozenset()
 
     def check(self, fmt):
-        if fmt.scale is None or fmt.grid.width > 1:
+        if fmt.scale is None or fmt.codebook or fmt.grid.width > 1:
             raise InputError(
                 f"HQQ moves the ranges of blocks on scalar grids, which {fmt} is not; use a grid of width 1 "
                 "with a scale"

@@ -37,7 +37,7 @@ from torch import Tensor
 from fewbit.errors import InputError
 from fewbit.format import Channel, Format, Group, QTensor
 from fewbit.format.format import Params
-from fewbit.solve.columns import round_columns, steps_of
+from fewbit.solve.columns import Tables, round_columns, steps_of
 from fewbit.solve.refine import refine
 from fewbit.solve.solver import Need, Solver, SolverWarning
 
@@ -99,20 +99,22 @@ def ldlq(ws: Sequence[Tensor], h: Tensor, fmt: Format, how: Ldlq) -> list[QTenso
     Each has its own steps; what couples rows (a step per tensor, a tile of rows) stays within a matrix.
     Warns with ``SolverWarning`` when damping had to be raised. Raises ``InputError`` for NaN in ``h``.
     """
+    if fmt.codebook is not None and len(ws) > 1:  # tables follow the shape of their matrix
+        return [q for w in ws for q in ldlq([w], h, fmt, how)]
     width, n = fmt.grid.width, ws[0].shape[1]
     order = torch.arange(n, device=h.device)
     if how.act_order:  # whole vectors of `width` columns move together
         order = h.diagonal().unflatten(0, (-1, width)).sum(-1).argsort(descending=True, stable=True)
         order = (order[:, None] * width + torch.arange(width, device=h.device)).flatten()
     dtype = ws[0].dtype
-    m = unit_factor(h.index_select(0, order).index_select(1, order).to(dtype), how.damp, width)
-    rounding = _Fixed(ws, h, fmt, order, how.lazy) if how.static_groups else _Refitted(ws, h, fmt)
+    m, own = factor(h.index_select(0, order).index_select(1, order).to(dtype), how.damp, width)
+    rounding = _Fixed(ws, h, fmt, order, how.lazy, own) if how.static_groups else _Refitted(ws, h, fmt)
     w_t = torch.cat([w.t() for w in ws], 1)[order]
     codes = torch.empty(n // width, w_t.shape[1], dtype=fmt.grid.code_dtype, device=w_t.device)
     codes[order[::width] // width] = feed_back(w_t, m, rounding, width, how.lazy)
     parts = codes.t().split([len(w) for w in ws])
     solved = [
-        QTensor(codes=c.contiguous(), scale=p.scale, zero=p.zero, format=fmt, shape=w.shape)
+        QTensor(codes=c.contiguous(), scale=p.scale, zero=p.zero, format=fmt, shape=w.shape, table=p.table)
         for w, c, p in zip(ws, parts, rounding.params(), strict=True)
     ]
     if not how.passes:
@@ -156,9 +158,11 @@ def feed_back(w_t: Tensor, m: Tensor, rounding: Rounding, width: int, lazy: int)
 class _Fixed:
     """Steps fitted once on the original weights; those of some columns ahead are laid out at a time."""
 
-    def __init__(self, ws: Sequence[Tensor], h: Tensor, fmt: Format, order: Tensor, ahead: int):
+    def __init__(self, ws: Sequence[Tensor], h: Tensor, fmt: Format, order: Tensor, ahead: int, own: Tensor):
         self.span, self.ws, self.fmt, self.order = fmt.grid.width, ws, fmt, order
         self.fits = [fmt.fit(w, h) for w in ws]
+        self.own = own
+        self.tables = None if fmt.codebook is None else Tables(fmt, self.fits[0].table, ws[0].shape)
         self.ahead, self.first, self.stop = max(1, ahead // self.span) * self.span, 0, 0
 
     def params(self) -> list[Params]:
@@ -170,9 +174,12 @@ class _Fixed:
             of, each = self.order[i : self.stop], zip(self.fits, self.ws, strict=True)
             self.s, self.z = _beside([steps_of(self.fmt, p, w.shape, of) for p, w in each], self.ws)
         mine = slice(i - self.first, i - self.first + self.span)
-        return round_columns(
-            self.fmt, rest[: self.span], self.s[mine], None if self.z is None else self.z[mine]
-        )
+        z = None if self.z is None else self.z[mine]
+        if self.tables is None:
+            return round_columns(self.fmt, rest[: self.span], self.s[mine], z)
+        own = self.own[i // self.span]
+        points = self.tables.at(self.order[i])
+        return round_columns(self.fmt, rest[: self.span], self.s[mine], z, points, own @ own.mT)
 
 
 class _Refitted:
@@ -202,8 +209,13 @@ class _Refitted:
 
 
 def unit_factor(h: Tensor, damp: float, width: int = 1) -> Tensor:
-    """M of H + damp mean(diag H) I = M D M^T: unit upper triangular, block-unit for ``width`` columns. [n,
-    n].
+    """M alone of `factor`."""
+    return factor(h, damp, width)[0]
+
+
+def factor(h: Tensor, damp: float, width: int = 1) -> tuple[Tensor, Tensor]:
+    """M and R of H + damp mean(diag H) I = M D M^T: unit upper triangular, block-unit for ``width`` columns.
+    [n, n]; R [n / width, width, width] upper triangular, D = R R^T block by block: what an error there costs.
 
     One Cholesky of the reversed matrix gives H = R R^T with R upper; M = R D^-1/2. A channel that was never
     excited (zero diagonal) gets a 1, so it neither gives nor takes feedback. When the factorisation fails it
@@ -243,12 +255,12 @@ def unit_factor(h: Tensor, damp: float, width: int = 1) -> Tensor:
         )
     r = lower.flip(0, 1)
     if width == 1:
-        return (r / r.diagonal()).to(dtype)
+        return (r / r.diagonal()).to(dtype), r.diagonal()[:, None, None].to(dtype)
     tiles = r.unflatten(0, (-1, width)).unflatten(2, (-1, width))  # [N, w, N, w]
     own = tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [N, w, w], upper triangular
     columns = r.unflatten(1, (n // width, width)).transpose(0, 1)  # [N, n, w]
     m = torch.linalg.solve_triangular(own, columns, upper=True, left=False)
-    return m.transpose(0, 1).flatten(1).to(dtype)
+    return m.transpose(0, 1).flatten(1).to(dtype), own.to(dtype)
 
 
 def _beside(rows: list[tuple[Tensor, Tensor | None]], ws: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

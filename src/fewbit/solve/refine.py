@@ -13,23 +13,28 @@ I, so with several columns a code is kept only if it lowers the error: with d = 
 
     d H_bb d^T - 2 (E H)_b d^T < 0
 
-which makes every pass monotone for every grid.
+which makes every pass monotone for every grid. Learned tables are searched under H_bb itself: for sums of
+several books that is AQLM's beam search (Egiazarian et al. 2024, https://arxiv.org/abs/2401.06118, section
+3.3) with the beam over the codes of one vector.
 
 Shapes as in ldlq: e_t [in, out] is (W - Q)^T, g_t [columns, out] rows of H E^T. A pass costs one product of H
 with E, twice what LDLQ's feedback costs.
 
 Road not taken: a running E H over all columns, updated after each. It is the same arithmetic, drifts in
-float32 and is as large as W.
+float32 and is as large as W. A beam that runs on from vector to vector (AQLM): each of its members needs E H
+of its own, copied whenever they change places.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fewbit.format import QTensor
 from fewbit.format.format import Params
-from fewbit.solve.columns import round_columns, steps_of
+from fewbit.solve.columns import Tables, round_columns, steps_of
 
 _LAZY = 128  # columns between two products with all errors
 
@@ -45,8 +50,9 @@ def refine(w: Tensor, h: Tensor, q: QTensor, passes: int) -> QTensor:
     tiles = torch.stack([h[i : i + width, i : i + width] for i in range(0, n, width)])
     inverse = torch.linalg.pinv(tiles.double(), rtol=1e-6, hermitian=True).to(w.dtype)  # 0 where H is 0
     s, z = steps_of(fmt, Params(scale=q.scale, zero=q.zero), w.shape, torch.arange(n, device=w.device))
+    tables = None if fmt.codebook is None else Tables(fmt, q.table, w.shape)
     codes = q.codes.t().contiguous()
-    q_t = fmt.decode(q.codes, s.t(), None if z is None else z.t()).t().to(w.dtype).contiguous()
+    q_t = q.dequantize().t().to(w.dtype).contiguous()
     w_t = w.t().contiguous()
     e_t, lazy = w_t - q_t, max(1, _LAZY // width) * width
     for _ in range(passes):
@@ -58,9 +64,9 @@ def refine(w: Tensor, h: Tensor, q: QTensor, passes: int) -> QTensor:
                 b = slice(i, i + width)
                 g = g_t[i - start : i - start + width]
                 own = tiles[i // width]
-                code, value = round_columns(
-                    fmt, q_t[b] + inverse[i // width] @ g, s[b], None if z is None else z[b]
-                )
+                target, zero = q_t[b] + inverse[i // width] @ g, None if z is None else z[b]
+                at = () if tables is None else (tables.at(i), own)
+                code, value = round_columns(fmt, target, s[b], zero, *at)
                 d = value - q_t[b]
                 change = (d * (own @ d - 2 * g)).sum(0)  # [out]
                 if height > 1:  # the rows of a tile are chosen together
@@ -74,4 +80,4 @@ def refine(w: Tensor, h: Tensor, q: QTensor, passes: int) -> QTensor:
                 changed |= better.any()
         if not changed:
             break
-    return QTensor(codes=codes.t().contiguous(), scale=q.scale, zero=q.zero, format=fmt, shape=q.shape)
+    return replace(q, codes=codes.t().contiguous())

@@ -28,9 +28,9 @@ def check_disk(output: Path, size: int) -> None:
         )
 
 
-def memory(model, blocks, layers, calibration, device, depth, item) -> tuple[str, int]:
+def memory(model, blocks, layers, calibration, device, depth, item, tuning=None) -> tuple[str, int]:
     """(depth, predicted peak bytes on the device that computes): weights of one block, activations, Gram
-    matrices.
+    matrices; for tuning the float model's outputs, Adam's state of a block and one batch's backward.
     """
     per_block = [sum(p.numel() for p in b.parameters()) * item for b in blocks.modules]
     largest = max(math.prod(layer.shape) for layer in layers) * 4
@@ -45,9 +45,14 @@ def memory(model, blocks, layers, calibration, device, depth, item) -> tuple[str
         "block": tokens * item * 2 * hidden + sum(w * w * 4 for w in widths) * 2,
     }
 
+    learning = 0
+    if tuning is not None:  # weights, the best of them, gradients, two moments; what backward keeps of a call
+        call = tuning.batch * calibration.seqlen * (16 * hidden + 6 * widths[-1])
+        learning = 2 * tokens * item * hidden + 5 * max(per_block) // item * 4 + 4 * call
+
     # Embeddings and head are resident only while no activations are: at the very start and the very end.
     def peak(d: str) -> int:
-        working = max(per_block) * 1.2 + alive[d] + (grams if calibration else 0) + 4 * largest
+        working = max(per_block) * 1.2 + alive[d] + learning + (grams if calibration else 0) + 4 * largest
         return int(base + 1.4 * max(outer, working))  # 1.4: what allocators keep between uses, measured
 
     if depth == "auto":
@@ -84,7 +89,7 @@ def available(device: str) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def seconds(blocks, layers, calibration, device) -> float:
+def seconds(blocks, layers, calibration, device, tuning=None) -> float:
     """Predicted wall time from the arithmetic and a 30 ms measurement of this device's matrix product."""
     weights = sum(math.prod(layer.shape) for layer in layers)
     flops = 0.0
@@ -94,6 +99,9 @@ def seconds(blocks, layers, calibration, device) -> float:
         flops += sum(
             tokens * w * w for b in range(len(blocks)) for w in {x.shape[1] for x in layers if x.block == b}
         )
+    if tuning is not None:  # forward and backward of a block after each of about four groups
+        looks = tuning.looks * tuning.held * calibration.samples / (3 * tuning.batch)
+        flops += 4 * (tuning.steps + looks) * 6 * tuning.batch * calibration.seqlen * weights
     a = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)).to(device)
     start, runs = time.perf_counter(), 0
     while time.perf_counter() - start < 0.03:

@@ -18,6 +18,7 @@ back from disk after writing and must reproduce them (verify.py).
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from fewbit.errors import InputError
 from fewbit.format import Params, QTensor, Stats
+from fewbit.format.fake import Through
 from fewbit.format.split import Apart, SplitTensor, without
 from fewbit.io import inputs
 from fewbit.io.skeleton import dematerialize, materialize
@@ -35,7 +37,9 @@ from fewbit.io.source import check_finite
 from fewbit.nn.linear import change_input, transform_input
 from fewbit.seams.diagonal import first
 from fewbit.solve import Rtn, SolverWarning
+from fewbit.solve.blocktune import Soft
 from fewbit.solve.tune import Tuner
+from fewbit.stream.between import make_up
 from fewbit.stream.blocks import Blocks, set_weight, watch, weight_of
 from fewbit.stream.choose import choose, error, static_params
 from fewbit.stream.fold import Notes, fold_maps
@@ -96,8 +100,7 @@ class Loop:
         guide = forward(self.witness)
         flows = []
         if tokens is not None:
-            batch = 1 if self.tuning else max(1, BATCH_TOKENS // tokens.shape[1])
-            flows = [forward(ids) for ids in tokens.split(batch)]
+            flows = [forward(ids) for ids in tokens.split(self._windows(tokens.shape[1]))]
         self.flows = [guide, *flows]
         handles = [b.register_forward_pre_hook(wait, with_kwargs=True) for b in self.blocks.modules]
         # Rotated ends cannot be read again, so they stay.
@@ -174,8 +177,12 @@ class Loop:
             rows = []
             self._tune(block, name, layers, flows, stop, out, rows)
             groups = [g for group in groups if (g := [x for x in group if x.module not in out])]
-            solve = self._at_linears if self.plan.depth == "linear" else self._at_block
-            solve(block, groups, guide, flows, out, rows)
+            if self.plan.recipe.tuning is not None:
+                stored = {n.removeprefix(f"{name}.") for n in as_stored}
+                self._between(block, name, groups, flows, stored, out, rows)
+            else:
+                solve = self._at_linears if self.plan.depth == "linear" else self._at_block
+                solve(block, groups, guide, flows, out, rows)
             for layer in missed:
                 self._solve([layer], Stats(), out, rows, ("never reached by the calibration text: rounded",))
             tensors = {}
@@ -194,8 +201,18 @@ class Loop:
 
     @property
     def tuning(self) -> bool:
-        """Whether a solver learns from whole blocks."""
+        """Whether anything is learned from whole blocks."""
+        return self.plan.recipe.tuning is not None or self._tuners
+
+    @property
+    def _tuners(self) -> bool:
         return any(isinstance(rule.solver, Tuner) for rule in self.plan.recipe.rules)
+
+    def _windows(self, seqlen: int) -> int:
+        """Calibration windows in one suspended forward."""
+        if self.plan.recipe.tuning is not None:
+            return self.plan.recipe.tuning.batch
+        return 1 if self._tuners else max(1, BATCH_TOKENS // seqlen)
 
     def done(self, layer: PlannedLayer) -> PlannedLayer:
         """A planned layer of a finished block with the choices that were made for it."""
@@ -233,6 +250,32 @@ class Loop:
         for group in groups:
             own = seen.get(group[0].module)
             self._solve(group, own.stats() if own else Stats(), out, rows)
+
+    def _between(self, block, name, groups, flows, stored: set[str], out, rows) -> None:
+        """Solve each group from the block's own inputs, then tune what is still float in the block."""
+        calls = [(flow.stop.args, flow.stop.kwargs) for flow in flows]
+        soft: dict[str, Soft] = {}
+        for group in groups:
+            own, first_row = self._inputs(group), len(rows)
+            if any(layer.rule.needs for layer in group):
+                self._watch(block, {group[0].module: own}, flows)
+            self._solve(group, own.stats(), out, rows)
+            solved = {f"{m}.weight".removeprefix(f"{name}."): m for m in out}
+            for layer in group:
+                if layer.rule.weight.codebook is not None:
+                    q = out[layer.module].to(self.plan.device)
+                    n = f"{layer.module}.weight".removeprefix(f"{name}.")
+                    soft[n] = Soft(q=q, place=functools.partial(as_parameter, layer))
+            found = make_up(
+                block, solved, stored, self.plan.source.dtype, calls, self.float_outputs,
+                self.plan.recipe.tuning, soft,
+            )  # fmt: skip
+            if found.error < found.start:
+                soft = {n: replace(s, q=s.moved(found.values[n])) for n, s in soft.items()}
+                out |= {solved[n]: s.q.to("cpu") for n, s in soft.items()}
+            rows[first_row:] = [
+                replace(r, block_error=found.start, tuned_error=found.error) for r in rows[first_row:]
+            ]
 
     def _watch(self, block: nn.Module, seen: dict[str, Inputs], flows: list[Flow]) -> None:
         """Run the block once on every waiting batch and let each module's ``Inputs`` see what it reads."""
@@ -303,7 +346,11 @@ class Loop:
             return
         module, basis = self.model.get_submodule(layer.module), layer.rule.basis
         mapped = (lambda x: x) if basis is None else layer.input_map.apply
-        change = lambda x: layer.activation(mapped(x), params, apart)  # noqa: E731
+
+        def change(x: Tensor) -> Tensor:
+            x = mapped(x)  # tuning sees gradients go straight through the rounding
+            return Through.apply(x, layer.activation(x.detach(), params, apart))
+
         waiting = [flow.stop for flow in self.flows if flow.stop is not None and flow.stop.module is module]
         for stop in waiting:  # hooks that are added now come too late for them
             stop.change = change
@@ -378,6 +425,11 @@ def in_flow(layer: PlannedLayer, value: Tensor) -> Tensor:
     """
     basis = layer.rule.basis
     return value if basis is None else basis.leave(value, inputs=layer.activation is None)
+
+
+def as_parameter(layer: PlannedLayer, value: Tensor) -> Tensor:
+    """``in_flow`` as the module stores its weight."""
+    return in_flow(layer, value).t() if layer.transposed else in_flow(layer, value)
 
 
 def _outside_flow(block: nn.Module, stop) -> object:

@@ -26,6 +26,7 @@ from fewbit.io.source import Source
 from fewbit.recipe import Recipe
 from fewbit.recipe.recipe import Rule
 from fewbit.solve import Need
+from fewbit.solve.blocktune import BlockTuning
 from fewbit.stream.blocks import Blocks, find_blocks, is_transposed, linears, weight_of
 from fewbit.stream.data import Calibration
 from fewbit.stream.estimate import check_disk, memory, seconds
@@ -197,6 +198,8 @@ def make_plan(
         reason = reason or "columns kept in float have no place there"
     needs = _needs(layers, recipe)
     used = calibration if needs or learns(recipe) else None
+    if recipe.tuning is not None:
+        depth = _check_tuning(recipe.tuning, calibration, depth)
     info = source.tensors()
     quantized = {f"{layer.name}.weight" for layer in layers}
     item = torch.empty((), dtype=source.dtype).element_size()
@@ -207,8 +210,8 @@ def make_plan(
     if output is not None:
         check_disk(output, size)
     item_run = 4 if device == "cpu" else source.dtype.itemsize  # the loop computes in float32 on a CPU
-    chosen, peak = memory(model, blocks, layers, used, device, depth, item_run)
-    caveats = _caveats(layers, source, used, reason)
+    chosen, peak = memory(model, blocks, layers, used, device, depth, item_run, recipe.tuning)
+    caveats = _caveats(layers, source, used, reason, recipe.tuning)
     if learns(recipe):
         dtype = torch.float32 if device == "cpu" else source.dtype
         most, caveat = learning(recipe, layers, model, used, device, dtype)
@@ -227,7 +230,7 @@ def make_plan(
         source_bytes=sum(info[n].nbytes for n in stored if n in info),
         depth=chosen,
         peak_bytes=peak,
-        seconds=seconds(blocks, layers, used, device),
+        seconds=seconds(blocks, layers, used, device, recipe.tuning),
         device=device,
     )
     return plan, model, blocks, mapping
@@ -236,12 +239,34 @@ def make_plan(
 def _needs(layers: Iterable[PlannedLayer], recipe: Recipe) -> frozenset[Need]:
     """Calibration statistics that any layer or any choice of a map needs."""
     of_layers = (layer.rule.needs for layer in layers)
-    return frozenset().union(*of_layers, *(chooser.needs for chooser in recipe.transforms))
+    block = frozenset() if recipe.tuning is None else {Need.BLOCK}
+    return block.union(*of_layers, *(chooser.needs for chooser in recipe.transforms))
 
 
-def _caveats(layers, source, calibration, reason) -> tuple[str, ...]:
-    """What a person should know before starting: how readers differ, and a calibration that is too small."""
+def _check_tuning(tuning: BlockTuning, calibration: Calibration, depth: str) -> str:
+    """Where tuning between groups suspends forwards: always at blocks."""
+    if depth == "linear":
+        raise InputError(
+            "tuning between groups runs each block from its own inputs and cannot wait at its linears; leave "
+            "the depth at auto, or tune nothing"
+        )
+    if calibration.samples < 2 * tuning.batch:
+        raise InputError(
+            f"{calibration.samples} calibration windows are too few to tune with {tuning.batch} at a time "
+            f"and hold some out; use --samples {2 * tuning.batch} or more"
+        )
+    return "block"
+
+
+def _caveats(layers, source, calibration, reason, tuning) -> tuple[str, ...]:
+    """What a person should know before starting: how readers differ, too little calibration, much time."""
     out = []
+    if tuning is not None:
+        tokens = tuning.batch * calibration.seqlen
+        out.append(
+            f"tuning makes {tuning.steps} updates of {tokens} tokens after each group of layers and keeps "
+            "the outputs of the float model in memory; it is most of the time"
+        )
     if not reason:
         out += compressed_tensors.caveats({layer.name: layer.format for layer in layers}, source.dtype)
     if any(layer.rule.split is not None for layer in layers):

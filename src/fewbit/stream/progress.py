@@ -27,6 +27,8 @@ class LayerRow:
     choice: int = 0  # which of the rule's choices the layer got
     online: bool = False  # whether a Hadamard map runs before the layer
     apart: int = 0  # columns of the weight that are kept in float
+    block_error: float | None = None  # of its block on held-out windows, its group solved; then tuned
+    tuned_error: float | None = None
 
     def as_dict(self) -> dict:
         """Plain data for JSON."""
