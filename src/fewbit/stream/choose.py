@@ -44,7 +44,8 @@ def error(w: Tensor, value: Tensor, gram: Tensor | None) -> float:
     """Relative squared error of the output, or of the weight where no inputs were gathered."""
     e = w - value
     if gram is None:
-        return float(e.square().sum() / w.square().sum().clamp(min=1e-30))
+        norm = torch.linalg.vector_norm
+        return float(norm(e).square() / norm(w).square().clamp(min=1e-30))
     return float(((e @ gram) * e).sum() / ((w @ gram) * w).sum().clamp(min=1e-30))
 
 
