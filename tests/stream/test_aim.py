@@ -13,7 +13,7 @@ from fewbit.format.activation import Activation
 from fewbit.format.format import Format
 from fewbit.grid import by_name
 from fewbit.io.source import open_source
-from fewbit.recipe import Recipe, from_yaml, quarot, spinquant
+from fewbit.recipe import Recipe, from_yaml, named, quarot, spinquant
 from fewbit.recipe.quarot import SOLVERS
 from fewbit.solve import Lwc
 from fewbit.stream.data import Calibration, sample_tokens
@@ -154,6 +154,8 @@ def test_inputs_of_four_bits_are_clipped_and_centred_and_may_have_a_zero():
     centred = lambda **settings: quarot(**settings).rules[0].input.centred  # noqa: E731
     assert (centred(), centred(input_bits=8), centred(input_zero="none")) == (True, False, False)
     assert centred(input_bits=8, input_zero="mean")
+    for name in ("quarot", "spinquant"):  # as text, too, where "none" could be taken for "not given"
+        assert not named(name, {"input_zero": "none"}).rules[0].input.centred
     assert (fmt().range.clip, fmt(input_bits=8).range.clip) == (0.75, 1.0)
     assert fmt(input_grid="e2m1").range.clip == 1.0
     assert fmt(input_clip=0.9).range.clip == 0.9
@@ -165,7 +167,7 @@ def test_inputs_of_four_bits_are_clipped_and_centred_and_may_have_a_zero():
     for bad in ({"input_clip": 0.0}, {"input_clip": 1.5}):
         with pytest.raises(InputError, match="share of"):
             quarot(**bad)
-    with pytest.raises(InputError, match="choose one of none, integer, mean"):
+    with pytest.raises(InputError, match="choose one of auto, none, integer, mean"):
         quarot(input_zero="float")
     assert {"gptq", "rtn", "aimed"} <= set(SOLVERS)
 

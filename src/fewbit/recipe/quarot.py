@@ -15,7 +15,7 @@ from fewbit.format import FP32, MSE, Channel, Divisor, Format, Group, MinMax, To
 from fewbit.format.activation import Activation
 from fewbit.grid import by_name
 from fewbit.recipe.recipe import Recipe, Rule
-from fewbit.recipe.weights import SCALE_NAMES, SOLVERS, choice
+from fewbit.recipe.weights import AUTO, SCALE_NAMES, SOLVERS, choice
 from fewbit.transform.rotation import Rotation
 
 ZEROS = {"none": (Zero.NONE, False), "integer": (Zero.INTEGER, False), "mean": (Zero.NONE, True)}
@@ -30,7 +30,7 @@ def quarot(
     grid: str | None = None,
     input_grid: str | None = None,
     input_clip: float | None = None,
-    input_zero: str | None = None,
+    input_zero: str = AUTO,
     scale: str = "bf16",
     solver: str = "aimed",
     seed: int = 0,
@@ -39,7 +39,7 @@ def quarot(
     """W4A4 in a rotated basis: weights per row by GPTQ, inputs per token; input_bits=16 leaves inputs alone.
 
     input_clip: share of a token's range that its codes cover, 0.75 for 4 bits and else 1; input_zero: none,
-    integer (one per token) or mean (of each column over calibration text), mean for 4 bits and else none.
+    integer (one per token), mean (of each column over calibration text) or auto: mean for 4 bits, else none.
     solver: aimed (GPTQ on weights that make the best of rounded inputs), gptq or rtn. online=false: nothing
     runs beside the layers; inputs of down stay as they are, those of o are rotated head by head.
     """
@@ -57,11 +57,11 @@ def quarot(
     return Recipe(name="quarot", rules=(rule,), rotation=Rotation(seed=seed, online=online))
 
 
-def _input(bits: int, grid: str | None, clip: float | None, zero: str | None) -> Activation:
-    """One step per token, dynamic; ``clip`` and ``zero`` None: what the number of bits suggests."""
+def _input(bits: int, grid: str | None, clip: float | None, zero: str) -> Activation:
+    """One step per token, dynamic; ``clip`` None and ``zero`` "auto": what the number of bits suggests."""
     four = bits == 4 and grid is None
     clip = (CLIP_OF_4_BITS if four else 1.0) if clip is None else clip
-    kind, centred = choice("input_zero", zero or ("mean" if four else "none"), ZEROS)
+    kind, centred = choice("input_zero", zero, {AUTO: ZEROS["mean" if four else "none"], **ZEROS})
     points = by_name(grid or f"{'int' if kind is Zero.NONE else 'uint'}{bits}")
     fmt = Format(grid=points, block=Token(), range=MinMax(clip=clip), zero=kind, scale=FP32)
     return Activation(format=fmt, centred=centred)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from fewbit.recipe.quarot import quarot
 from fewbit.recipe.recipe import Recipe
+from fewbit.recipe.weights import AUTO
 
 
 def spinquant(
@@ -20,7 +21,7 @@ def spinquant(
     grid: str | None = None,
     input_grid: str | None = None,
     input_clip: float | None = None,
-    input_zero: str | None = None,
+    input_zero: str = AUTO,
     scale: str = "bf16",
     solver: str = "aimed",
     seed: int = 0,
