@@ -8,7 +8,7 @@ from fewbit.format import FP32, MSE, Channel, Format, Gaussian
 from fewbit.format.bits import pack, row_bytes, unpack
 from fewbit.format.codec import from_plain, to_plain
 from fewbit.grid import Trellis, by_name
-from fewbit.solve.ldlq import Ldlq, ldlq
+from fewbit.solve import Ldlq, Stats
 
 EVERY = [Trellis(code=code, rate=k, state_bits=16) for code in ("mad", "inst", "hyb") for k in (1, 2, 3, 4)]
 
@@ -119,7 +119,7 @@ def test_feedback_lowers_the_error_of_the_output():
     h = x.T @ x / len(x)
     fmt = Format(grid=Trellis(rate=2, state_bits=10), range=Gaussian(rho=0.9), scale=FP32)
     error = {}
-    for name, q in (("plain", fmt.quantize(w)), ("fed", ldlq(w, h, fmt, Ldlq(act_order=False)))):
+    for name, q in (("plain", fmt.quantize(w)), ("fed", Ldlq(act_order=False)(w, Stats(gram=h), fmt))):
         e = q.dequantize() - w
         error[name] = torch.einsum("oi,ij,oj->", e, h, e).item()
     assert error["fed"] < 0.7 * error["plain"]
