@@ -47,6 +47,7 @@ def test_the_checkpoint_is_the_same_function(folders, tmp_path, arch, activation
     assert from_yaml(recipe.to_yaml()) == recipe
     result = quantize(folders / arch, recipe, output=tmp_path / "out", calibration=SMALL)
     assert result.plan.checkpoint == "native"
+    assert result.plan.layers[0].text.endswith("hadamard basis of both sides")
     assert result.difference < 1e-4
     mine, plain = logits(fewbit.load(tmp_path / "out")), logits(fewbit.load(folders / arch))
     assert (mine - plain).norm() / plain.norm() < 0.03

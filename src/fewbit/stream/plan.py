@@ -80,7 +80,8 @@ class PlannedLayer:
     def text(self) -> str:
         """Formats of weight and input in words."""
         formats = (str(w) if x is None else f"{w}, input {x}" for w, x in self.rule.choices)
-        return " or ".join(formats)
+        basis = "" if self.rule.basis is None else f", {self.rule.basis}"
+        return " or ".join(formats) + basis
 
     def chosen(self, choice: int) -> PlannedLayer:
         """The layer with one of its rule's choices made."""

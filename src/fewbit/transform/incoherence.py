@@ -56,6 +56,11 @@ class Incoherence:
         if self.block is not None and self.spread is not Spread.HADAMARD:
             raise InputError(f"{self.spread} maps have no blocks; use Hadamard maps, or leave the block out")
 
+    def __str__(self) -> str:
+        """'hadamard basis of both sides'."""
+        sides = "both sides" if self.output else "inputs"
+        return f"{self.spread} basis of {sides}" + (f" in blocks of {self.block}" if self.block else "")
+
     def check(self, shape: tuple[int, int], what: str) -> None:
         """Raise ``InputError`` where blocks do not tile the columns of ``what`` of ``shape`` [out, in]."""
         if self.block is not None and shape[1] % self.block:
