@@ -22,7 +22,7 @@ HELD_BY = {
 
 def show_plan(plan: Plan, stream: IO[str]) -> None:
     """The plan in a dozen lines."""
-    kinds = Counter((str(layer.format), solver(layer)) for layer in plan.layers)
+    kinds = Counter((f"{layer.format}{layer.basis_text}", solver(layer)) for layer in plan.layers)
     rows = [("model", plan.source.name), ("recipe", plan.recipe.name)]
     rows += [("layers", f"{n} to {name} by {how}") for (name, how), n in kinds.most_common()]
     rows += [
@@ -51,7 +51,9 @@ def show_layers(plan: Plan, stream: IO[str]) -> None:
     for layer in plan.layers:
         name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer.name)
         shape = f"[{layer.shape[0]}, {layer.shape[1]}]"
-        kinds[name, shape, str(layer.format), solver(layer), f"{layer.bits_per_weight:.2f}"] += 1
+        kinds[
+            name, shape, f"{layer.format}{layer.basis_text}", solver(layer), f"{layer.bits_per_weight:.2f}"
+        ] += 1
     columns = ("layer", ">times", "shape", "format", "solver", ">bits")
     table(columns, ((key[0], str(n), *key[1:]) for key, n in kinds.items()), stream)
 

@@ -80,8 +80,12 @@ class PlannedLayer:
     def text(self) -> str:
         """Formats of weight and input in words."""
         formats = (str(w) if x is None else f"{w}, input {x}" for w, x in self.rule.choices)
-        basis = "" if self.rule.basis is None else f", {self.rule.basis}"
-        return " or ".join(formats) + basis
+        return " or ".join(formats) + self.basis_text
+
+    @property
+    def basis_text(self) -> str:
+        """The basis in which its weight is kept, in words; empty for its own."""
+        return "" if self.rule.basis is None else f", {self.rule.basis}"
 
     def chosen(self, choice: int) -> PlannedLayer:
         """The layer with one of its rule's choices made."""
