@@ -50,7 +50,7 @@ def test_the_checkpoint_is_the_same_function(folders, tmp_path, arch, activation
     assert result.plan.layers[0].text.endswith("hadamard basis of both sides")
     assert result.difference < 1e-4
     mine, plain = logits(fewbit.load(tmp_path / "out")), logits(fewbit.load(folders / arch))
-    assert (mine - plain).norm() / plain.norm() < 0.03
+    assert (mine - plain).norm() / plain.norm() < 0.05
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
     torch.testing.assert_close(logits(theirs), mine, rtol=1e-4, atol=1e-4)
 
