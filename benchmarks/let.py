@@ -49,7 +49,7 @@ def main() -> None:
     )
     print(f"Printed by `OMP_NUM_THREADS=1 python benchmarks/let.py --bits {args.bits}", end=" ")
     print(f"--blocks {args.blocks} --samples {args.samples} --windows {args.windows}", end=" ")
-    print(f"--steps {args.steps}` (its first lines say how).\n")
+    print(f"--steps {args.steps}` (see its first lines).\n")
     print(f"| W{args.bits}A{args.bits} | KL | ± | perplexity | CPU s |\n|---|--:|--:|--:|--:|")
     for name, recipe in rows(args.bits, args.steps):
         parts = (replace(r, match=f"*layers.{i}.*") for r in recipe.rules for i in args.blocks.split(","))
