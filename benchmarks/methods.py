@@ -84,6 +84,24 @@ def qtip_rows(bits: str, codes: tuple[str, ...] = ("mad",)):
             yield f"{bits} bit", f"QTIP, {code}, L = {state_bits}", named("qtip", settings)
 
 
+def table_rows():
+    """Learned tables: k-means, GPTVQ, AQLM."""
+    for bits in ("2", "3", "4"):
+        yield f"{bits} bit", "k-means, rows", named("kmeans", {"bits": bits})
+        yield f"{bits} bit", "k-means, rows, GPTQ", named("kmeans", {"bits": bits, "solver": "gptq"})
+    own = {"basis": "hadamard"}
+    for d in ("1", "2", "4"):
+        yield "2 bit", f"GPTVQ, d = {d}", named("gptvq", {"d": d})
+    yield "2 bit", "GPTVQ, d = 2, spread", named("gptvq", own)
+    yield "2 bit", "GPTVQ, d = 4, spread", named("gptvq", {"d": "4", **own})
+    yield "2 bit", "GPTVQ, d = 4, a step per row", named("gptvq", {"d": "4", "scale": "true"})
+    yield "3 bit", "GPTVQ, d = 2", named("gptvq", {"bits": "3"})
+    yield "2 bit", "AQLM 2x8", named("aqlm", {})
+    yield "2 bit", "AQLM 2x8, spread", named("aqlm", own)
+    yield "2 bit", "AQLM 2x8, tuned", named("aqlm", {"tune": "150"})
+    yield "2 bit", "AQLM 2x8, spread, tuned", named("aqlm", {"tune": "150", **own})
+
+
 def rows():
     """(table, name, recipe)."""
     r = named
@@ -93,6 +111,7 @@ def rows():
         yield f"{bits} bit", "QuIP", r("quip", {"bits": bits})
         yield f"{bits} bit", "QuIP#", r("quip-sharp", {"bits": bits, "passes": "3"})
         yield from qtip_rows(bits, ("mad", "inst", "hyb") if bits == "2" else ("mad",))
+    yield from table_rows()
     yield "2 bit", "rtn, asymmetric", r("rtn", {**ASYM, "bits": "2"})
     yield "2 bit", "GPTQ, asymmetric", r("gptq", {**ASYM, "bits": "2"})
     yield "8 bit", "int8, weights", r("int8", {})
