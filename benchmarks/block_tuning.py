@@ -1,6 +1,7 @@
 """What tuning between groups brings at 2 bits: steps, rates, amount of text.
 
-    python benchmarks/block_tuning.py [--data FOLDER] [--device cuda] [--workers N] [--only TEXT ...]
+    python benchmarks/block_tuning.py [--data FOLDER] [--device cuda] [--model FOLDER_OR_GGUF]
+                                      [--workers N] [--only TEXT ...]
 
 SmolLM2-135M as in methods.py: KL and perplexity on 12 windows of 512 tokens of WikiText-2 raw test against
 the float model, calibration of WikiText-2 validation in windows of 512, seed 0. A row is a process.
@@ -51,6 +52,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent.parent / "shared" / "data")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--model", default="smollm2", help="a folder or file of it, where the name is not known"
+    )
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[""], help="rows whose names hold one of these")
     parser.add_argument("--windows", type=int, help="rows of so many calibration windows only")
@@ -59,9 +63,9 @@ def main():
     args = parser.parse_args()
     protocol, stop = Protocol(), time.time() + 60 * args.minutes
     folder = Path(tempfile.mkdtemp())
-    source = open_source("smollm2")
+    source = open_source(args.model)
     tokens = windows(source.tokenizer(), read_text(args.data / "wikitext2_raw_test.txt"), protocol)
-    fewbit.load("smollm2", dtype=torch.float32).save_pretrained(folder / "plain")
+    fewbit.load(args.model, dtype=torch.float32).save_pretrained(folder / "plain")
     source.tokenizer().save_pretrained(folder / "plain")
     done = json.loads(args.results.read_text()) if args.results.exists() else {}
     with ProcessPoolExecutor(args.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -85,7 +89,7 @@ def main():
             print(key, json.dumps(done[key]), flush=True)
             args.results.write_text(json.dumps(done, indent=1))
     shutil.rmtree(folder)
-    args.results.with_suffix(".md").write_text(markdown(done))
+    args.results.with_suffix(".md").write_text(markdown(done), encoding="utf-8")
 
 
 def markdown(done: dict) -> str:
