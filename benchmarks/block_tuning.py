@@ -52,9 +52,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent.parent / "shared" / "data")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--model", default="smollm2", help="a folder or file of it, where the name is not known"
-    )
+    parser.add_argument("--model", default="smollm2", help="a folder or file of it")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[""], help="rows whose names hold one of these")
     parser.add_argument("--windows", type=int, help="rows of so many calibration windows only")
