@@ -72,7 +72,7 @@ def from_plain(data: object, classes: Sequence[type] = FORMAT_CLASSES) -> object
             f"unknown type {data.get('type')!r} in a saved recipe or format; known are "
             f"{', '.join(sorted(by_type))}"
         )
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, localns=by_type)
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(data) - known - {"type"})
     if unknown:

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
-from fewbit.format.format import Format, Params, Zero
+from fewbit.format.affine import Zero, nonzero, offset, raw_step
+from fewbit.format.format import Format
+from fewbit.format.params import Params, importance_of
 from fewbit.format.qtensor import QTensor, value_of
 from fewbit.grid.integer import Int
 
@@ -59,11 +61,11 @@ def steps(fmt: Format, lo: Tensor, hi: Tensor, x: Tensor) -> Steps:
     Raises ``InputError`` for formats without steps, of vectors, or whose zero is the mean of the tensor.
     """
     check(fmt)
-    raw = fmt._step(lo, hi)
+    raw = raw_step(fmt, lo, hi)
     with torch.no_grad():
         stored = fmt.store(raw, x)
-        value = fmt._nonzero(value_of(stored)).to(raw.dtype)
-        zero = fmt._offset(lo, value, stored)
+        value = nonzero(value_of(stored)).to(raw.dtype)
+        zero = offset(fmt, lo, value, stored)
     scale = Through.apply(raw, value)
     if zero is None:
         soft = None
@@ -82,7 +84,7 @@ def interval(fmt: Format, x: Tensor, importance: Tensor | None = None) -> tuple[
     check(fmt)
     blocks = fmt.block.split(x)
     if importance is not None:
-        importance = fmt._importance(importance.to(x.dtype), x, blocks.shape[-1])
+        importance = importance_of(fmt, importance.to(x.dtype), x, blocks.shape[-1])
     lo, hi = fmt.range(blocks, fmt, importance)
     return lo.to(x.dtype), hi.to(x.dtype)
 
@@ -114,7 +116,7 @@ def check(fmt: Format) -> None:
 
 
 def _unit(blocks: Tensor, at: Steps, nudge: Tensor | None) -> Tensor:
-    u = at.format._to_unit(blocks, at.scale, at.zero)
+    u = at.format.to_unit(blocks, at.scale, at.zero)
     return u if nudge is None else u + nudge
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
-from fewbit.format.format import _NATIVE as NATIVE
+from fewbit.format.affine import NATIVE
 from fewbit.format.format import Format, Zero
 from fewbit.format.named import BF16
 from fewbit.format.qtensor import QTensor

@@ -96,16 +96,11 @@ class Fixed(Grid):
         return (u.to(torch.int32) - self._offset).to(self.code_dtype)
 
     def describe(self) -> Description:
-        return Description(
-            name=self.name,
-            bits=self.bits,
-            max=self.max,
-            min_normal=self.step if self.highest else None,
-            smallest_subnormal=None,
-            epsilon=self.step if self.max > 1 else None,
-            dynamic_range_db=20 * math.log10(max(self.highest, -self.lowest)),
+        return self._describe(
             distinct=self.highest - self.lowest + 1,
-            specials=(),
+            decibels=20 * math.log10(max(self.highest, -self.lowest)),
+            min_normal=self.step if self.highest else None,
+            epsilon=self.step if self.max > 1 else None,
         )
 
 

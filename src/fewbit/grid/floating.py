@@ -191,15 +191,12 @@ class Float(Grid):
             "inf": self.specials is Specials.IEEE,
             "nan": self.specials is not Specials.NONE,
         }
-        return Description(
-            name=self.name,
-            bits=self.bits,
-            max=self.max,
+        return self._describe(
+            distinct=2 * self._top + 1 if self.signed else self._top + 1,
+            decibels=20 * (math.log10(self.max) - math.log10(self.least)),
             min_normal=2.0**self.emin,
             smallest_subnormal=self.least if self.least < 2.0**self.emin else None,
             epsilon=2.0 ** (max(self.emin, 0) - self.mantissa_bits),
-            dynamic_range_db=20 * (math.log10(self.max) - math.log10(self.least)),
-            distinct=2 * self._top + 1 if self.signed else self._top + 1,
             specials=tuple(name for name, there in specials.items() if there),
         )
 

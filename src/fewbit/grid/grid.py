@@ -36,12 +36,12 @@ class Description:
     name: str
     bits: int
     max: float  # largest finite value
-    min_normal: float | None  # smallest positive value with full precision
-    smallest_subnormal: float | None
-    epsilon: float | None  # spacing just above 1
-    dynamic_range_db: float  # 20 log10(largest magnitude / smallest positive magnitude)
+    dynamic_range_db: float | None  # 20 log10(largest magnitude / smallest positive magnitude)
     distinct: int  # finite values; +0 and -0 count once
-    specials: tuple[str, ...]  # codes beyond the plain numbers: "-0", "inf", "nan"
+    min_normal: float | None = None  # smallest positive value with full precision
+    smallest_subnormal: float | None = None
+    epsilon: float | None = None  # spacing just above 1
+    specials: tuple[str, ...] = ()  # codes beyond the plain numbers: "-0", "inf", "nan"
 
 
 class Grid(ABC):
@@ -58,9 +58,13 @@ class Grid(ABC):
     bits: int
     min: float
     max: float
-    code_dtype: torch.dtype
     width: int = 1
     height: int = 1
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Of canonical codes, where they are patterns of ``bits`` bits."""
+        return torch.uint8 if self.bits <= 8 else torch.int32 if self.bits <= 32 else torch.int64
 
     @abstractmethod
     def round(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -96,9 +100,14 @@ class Grid(ABC):
             raise InputError(f"{self.name} holds no positive value; use a grid that does")
         return positive.min().item()
 
-    @abstractmethod
+    def _describe(self, *, distinct: int, decibels: float | None, **rest) -> Description:
+        """What every grid says of itself, and ``rest``, the fields that mean something for this one."""
+        own = {"name": self.name, "bits": self.bits, "max": self.max, "distinct": distinct}
+        return Description(**own, dynamic_range_db=decibels, **rest)
+
     def _list(self) -> range:
         """Unsigned fields of every code, in code order, as a range."""
+        return range(2**self.bits)
 
     def codes(self) -> Tensor:
         """Every code of the grid, [n] in ``code_dtype``, in the order of its unsigned field.

@@ -104,14 +104,9 @@ class Int(Grid):
         return range(self.lowest + self._offset, self.highest + self._offset + 1)
 
     def describe(self) -> Description:
-        return Description(
-            name=self.name,
-            bits=self.bits,
-            max=self.max,
-            min_normal=1.0 if self.highest else None,
-            smallest_subnormal=None,
-            epsilon=1.0 if self.highest > 1 else None,
-            dynamic_range_db=20 * math.log10(max(self.highest, -self.lowest)),
+        return self._describe(
             distinct=self.highest - self.lowest + 1,
-            specials=(),
+            decibels=20 * math.log10(max(self.highest, -self.lowest)),
+            min_normal=1.0 if self.highest else None,
+            epsilon=1.0 if self.highest > 1 else None,
         )

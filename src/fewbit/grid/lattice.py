@@ -71,13 +71,10 @@ class E8P(Grid):
         index = codes.to(torch.int32).reshape(-1) & 0xFFFF
         return _points(codes.device, dtype).index_select(0, index).view(*codes.shape, 8)
 
-    def _list(self) -> range:
-        return range(2**16)
-
     def describe(self) -> Description:
         """Its dynamic range is that of the points' lengths."""
         shortest, longest = _points(torch.device("cpu"), torch.float64).norm(dim=1).aminmax()
-        return _described(self, distinct=2**16, decibels=20 * math.log10(longest / shortest))
+        return self._describe(distinct=2**16, decibels=20 * math.log10(longest / shortest))
 
 
 @dataclass(frozen=True)
@@ -110,10 +107,6 @@ class Residual(Grid):
         return self.first.width
 
     @property
-    def code_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.bits <= 8 else torch.int32 if self.bits <= 32 else torch.int64
-
-    @property
     def min(self) -> float:
         return self.first.min + self.second.min / self.gain
 
@@ -136,20 +129,10 @@ class Residual(Grid):
         second = self.second.from_unsigned(fields >> self.first.bits)
         return (self.first.value(first, wide) + self.second.value(second, wide) / self.gain).to(dtype)
 
-    def _list(self) -> range:
-        return range(2**self.bits)
-
     def describe(self) -> Description:
         """``distinct`` counts pairs of points: sums may coincide."""
         pairs = self.first.describe().distinct * self.second.describe().distinct
-        return _described(self, distinct=pairs, decibels=None)
-
-
-def _described(grid: Grid, distinct: int, decibels: float | None) -> Description:
-    return Description(
-        name=grid.name, bits=grid.bits, max=grid.max, min_normal=None, smallest_subnormal=None, epsilon=None,
-        dynamic_range_db=decibels, distinct=distinct, specials=(),
-    )  # fmt: skip
+        return self._describe(distinct=pairs, decibels=None)
 
 
 def patterns() -> Tensor:

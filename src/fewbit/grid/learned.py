@@ -83,9 +83,6 @@ class Learned(Grid):
     def describe(self):
         raise InputError(f"the points of {self.name} are learned for each tensor; there is nothing to list")
 
-    def _list(self) -> range:
-        return range(2**self.bits)
-
 
 def parse_learned(name: str) -> Learned | None:
     """The grid of a name such as "learned-p2-b4" or "learned-p8-b8-x2"; None for another form."""

@@ -78,10 +78,6 @@ class Points(Grid):
     def bits(self) -> int:
         return (len(self.values) - 1).bit_length()
 
-    @property
-    def code_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.bits <= 8 else torch.int32
-
     @functools.cached_property
     def min(self) -> float:
         """The smallest coordinate."""
@@ -112,17 +108,8 @@ class Points(Grid):
     def describe(self) -> Description:
         """Its dynamic range is that of the points' lengths, zero left out."""
         lengths = [length for point in self.values if (length := math.hypot(*point))]
-        return Description(
-            name=self.name,
-            bits=self.bits,
-            max=self.max,
-            min_normal=None,
-            smallest_subnormal=None,
-            epsilon=None,
-            dynamic_range_db=20 * math.log10(max(lengths) / min(lengths)) if lengths else math.nan,
-            distinct=len(set(self.values)),
-            specials=(),
-        )
+        decibels = 20 * math.log10(max(lengths) / min(lengths)) if lengths else math.nan
+        return self._describe(distinct=len(set(self.values)), decibels=decibels)
 
 
 def rows_of(grid: Grid, x: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -59,10 +59,6 @@ class Table(Grid):
     def bits(self) -> int:
         return (len(self.values) - 1).bit_length()
 
-    @property
-    def code_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.bits <= 8 else torch.int32
-
     @functools.cached_property
     def min(self) -> float:
         return min(self.values)
@@ -95,17 +91,8 @@ class Table(Grid):
 
     def describe(self) -> Description:
         smallest = min((abs(v) for v in self.values if v), default=math.nan)
-        return Description(
-            name=self.name,
-            bits=self.bits,
-            max=self.max,
-            min_normal=None,
-            smallest_subnormal=None,
-            epsilon=None,
-            dynamic_range_db=20 * math.log10(max(self.max, -self.min) / smallest),
-            distinct=len(set(self.values)),
-            specials=(),
-        )
+        decibels = 20 * math.log10(max(self.max, -self.min) / smallest)
+        return self._describe(distinct=len(set(self.values)), decibels=decibels)
 
 
 def _stochastic_rank(x: Tensor, points: Tensor, generator: torch.Generator) -> Tensor:

@@ -98,10 +98,6 @@ class Trellis(Grid):
         return SIDE * self.rate
 
     @property
-    def code_dtype(self) -> torch.dtype:
-        return torch.int32 if self.bits <= 32 else torch.int64
-
-    @property
     def min(self) -> float:
         """The smallest value of a state."""
         return self.points().min().item()
@@ -187,17 +183,8 @@ class Trellis(Grid):
     def describe(self) -> Description:
         """Of the single values that states emit."""
         points = self.points()
-        return Description(
-            name=self.name,
-            bits=self.bits,
-            max=self.max,
-            min_normal=None,
-            smallest_subnormal=None,
-            epsilon=None,
-            dynamic_range_db=20 * math.log10(points.abs().max().item() / self.least),
-            distinct=len(points.unique()),
-            specials=(),
-        )
+        decibels = 20 * math.log10(points.abs().max().item() / self.least)
+        return self._describe(distinct=len(points.unique()), decibels=decibels)
 
 
 def parse_trellis(name: str) -> Trellis | None:
