@@ -15,7 +15,7 @@ import time
 import torch
 
 from fewbit.grid.trellis import Code, Trellis
-from fewbit.kernel import viterbi
+from fewbit.viterbi import EAGER
 
 RHO = 0.95
 STATES = (10, 12, 16)
@@ -23,7 +23,7 @@ STATES = (10, 12, 16)
 
 def mse(grid: Trellis, x: torch.Tensor, window: int | None = None) -> float:
     """Mean squared error of closed walks for x [N, 256] ~ N(0, 1)."""
-    states = viterbi.search(x * RHO, grid, window=window)
+    states = grid.walks(x * RHO, window)
     return (grid.points(x.device)[states.long()].flatten(1) / RHO - x).square().mean().item()
 
 
@@ -67,12 +67,12 @@ def cpu_times(x: torch.Tensor) -> None:
     print("| --- | --- | --- | --- |")
     for grid in (Trellis(rate=2, state_bits=L) for L in STATES):
         part = x[:32] if grid.state_bits == 16 else x
-        viterbi.search(part[:16], grid)  # compiles
+        grid.walks(part[:16])  # compiles
         cells = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
             wall, own = time.perf_counter(), time.process_time()
-            viterbi.search(part, grid)
+            grid.walks(part)
             own, wall = time.process_time() - own, time.perf_counter() - wall
             cells += [own, wall] if threads == 1 else [wall]
         print(f"| {grid} | " + " | ".join(f"{1e6 * c / len(part):.0f}" for c in cells) + " |", flush=True)
@@ -87,16 +87,15 @@ def cuda_times(device: str) -> None:
     every = [Trellis(rate=2, state_bits=12), *(g for g in grids() if g.state_bits == 16)]
     for grid in every:
         x = torch.randn(max(batches), 256, device=device)
-        raw = viterbi.scaled(x[:4], grid)
-        half = 128 // grid.values_per_step
-        same = torch.equal(viterbi.EAGER.run(raw, grid, half, 1 << 30), viterbi.search(x[:4], grid))
+        args = grid.scaled(x[:4]), grid.raw(device), grid.shift, 128 // grid.values_per_step
+        same = torch.equal(EAGER.run(*args, 1 << 30), grid.walks(x[:4]))
         cells = []
         for n in batches:
             spans = []
             for _ in range(3):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
-                viterbi.search(x[:n], grid)
+                grid.walks(x[:n])
                 end.record()
                 end.synchronize()
                 spans.append(begin.elapsed_time(end))

@@ -11,6 +11,7 @@ SRC = Path(__file__).parent.parent / "src" / "fewbit"
 # Each tier may import from those before it, and a folder from itself.
 TIERS = [
     {"errors"},
+    {"viterbi"},  # a search over a table of values: the rounding of trellis grids
     {"grid"},
     {"format"},
     {"kernel"},
@@ -22,6 +23,7 @@ TIERS = [
 ]
 RANK = {folder: i for i, tier in enumerate(TIERS) for folder in tier}
 FOLDERS = sorted(p.name for p in SRC.iterdir() if p.is_dir() and (p / "__init__.py").exists())
+MODULES = {".".join(("fewbit", *p.relative_to(SRC).with_suffix("").parts)) for p in SRC.rglob("*.py")}
 
 
 def imports_of(path: Path):
@@ -37,6 +39,10 @@ def imports_of(path: Path):
             for alias in node.names:
                 if alias.name.startswith("fewbit."):
                     yield alias.name.split(".")[1], node.lineno
+        elif (
+            isinstance(node, ast.Constant) and str(node.value).startswith("fewbit.") and node.value in MODULES
+        ):
+            yield node.value.split(".")[1], node.lineno  # by its name, as import_module takes it
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

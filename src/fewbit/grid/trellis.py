@@ -5,7 +5,7 @@ A state s is a window of L bits of the tile's bit stream. Each step shifts in kV
     s_t = (s_{t-1} << kV | u_t) mod 2^L,   u_t in [0, 2^kV),      x_t = value(s_t) in R^V,   256 / V steps
 
 where value() is a fixed function that looks like Gaussian noise (QTIP, section 3.1). So each weight costs k
-bits and is decoded by itself, while the search (``fewbit.kernel.viterbi``) chooses among 2^(256 k) vectors of
+bits and is decoded by itself, while the search (``fewbit.viterbi``) chooses among 2^(256 k) vectors of
 R^256: mean squared error 0.069 on N(0, 1) at 2 bits, where scalars reach 0.1175 and the bound is 0.0625.
 The stream is circular (tail-biting): nothing but its 256 k bits is stored. Tseng, Sun, Hou, De Sa 2024,
 https://arxiv.org/abs/2406.11235; the codes are its algorithms 1 and 2 and the hybrid one:
@@ -24,7 +24,6 @@ be rows: a code per tile row keeps codes, packing and slicing by columns as for 
 """
 
 import functools
-import importlib
 import math
 import re
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from torch import Tensor
 
 from fewbit.errors import InputError
 from fewbit.grid.grid import Description, Grid
+from fewbit.viterbi import search
 
 SIDE = 16  # of a tile
 
@@ -140,11 +140,23 @@ class Trellis(Grid):
                 f"shape {list(x.shape)}"
             )
         tiles = x.detach().unflatten(-3, (-1, SIDE)).transpose(-3, -2)  # [..., R, n / 16, 16, 16]
-        # The search is a kernel, and kernels import grids: the one arrow upwards, followed when first needed.
-        search = importlib.import_module("fewbit.kernel.viterbi").search
-        states = search(tiles.reshape(-1, SIDE * SIDE).float(), self)
-        rows = self.new_bits(states).view(tiles.shape[:-1])
+        rows = self.new_bits(self.walks(tiles.reshape(-1, SIDE * SIDE))).view(tiles.shape[:-1])
         return rows.transpose(-2, -1).flatten(-3, -2)
+
+    def walks(self, x: Tensor, window: int | None = None) -> Tensor:
+        """States [N, T / V] int32 of the closed walks near x [N, T] at unit scale; see `fewbit.viterbi`.
+
+        Infinite and huge x count as the nearest of +-1e4. Raises InputError when V does not divide T.
+        """
+        return search(self.scaled(x), self.raw(x.device), self.shift, window=window)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """x [N, T] at unit scale -> [N, T / V, V] float32 in the units of `raw`, contiguous."""
+        if x.ndim != 2 or x.shape[1] % self.values_per_step:
+            v, got = self.values_per_step, list(x.shape)
+            raise InputError(f"{self.name} searches sequences [N, T] with T a multiple of {v}, got {got}")
+        raw = x.float().clamp(-1e4, 1e4) * self.rms
+        return raw.unflatten(1, (-1, self.values_per_step)).contiguous()
 
     def new_bits(self, states: Tensor) -> Tensor:
         """States [N, 256 / V] -> codes of the tile rows [N, 16]."""

@@ -1,4 +1,4 @@
-"""The trellis search of ``viterbi`` on a CPU: a compiled loop over 16 tiles at a time.
+"""The search of ``search.py`` on a CPU: a compiled loop over 16 tiles at a time.
 
 The tiles of a batch are the innermost axis, so the vector unit works on 16 tiles side by side whatever the
 rate, every load is contiguous, and a state's value is read once for all of them. Predecessors are compared
@@ -6,7 +6,7 @@ four at a time: LLVM makes vectors of the straight line, and would not of a loop
 reordered to be read from front to back. Batches are dealt to threads (as many as torch uses), each with its
 own scratch; a batch is computed by one thread alone, so the result does not depend on how many there are.
 
-Shapes: x [T / V, V, 16]; costs [2^(L - kV), 16]; back pointers [T / V, 2^(L - kV), 16] bytes; values
+Shapes: x [S, V, 16]; costs [2^(L - kV), 16]; back pointers [S, 2^(L - kV), 16] bytes; values
 [2^(L - kV), 2^kV, V], prefix first.
 
 The roads not taken: the vector over states, which needs no batch, but there a step is a transposition of
@@ -24,10 +24,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from fewbit.grid.trellis import Trellis
-
 LANES = 16
-_FAR = np.float32(1e30)  # of a walk that the constraint forbids, as in ``viterbi``
+_FAR = np.float32(1e30)  # of a walk that the constraint forbids, as in ``search.py``
 _NONE = np.float32(3e38)  # above any cost
 
 
@@ -102,13 +100,12 @@ def _walk_back(p, back, shift, first, states):
     return p
 
 
-def search(x: Tensor, trellis: Trellis, window: int, memory: int) -> Tensor:
-    """States [N, T / V] int32 of x [N, T / V, V] float32 on the CPU; see ``viterbi.search``."""
+def search(x: Tensor, values: Tensor, shift: int, window: int, memory: int) -> Tensor:
+    """States [N, S] int32 of x [N, S, V] float32 on the CPU; see ``viterbi.search``."""
     n, length, v = x.shape
-    shift = trellis.shift
-    prefixes = 1 << trellis.state_bits - shift
+    prefixes = len(values) >> shift
     steps = _steps(shift, v)
-    values = trellis.raw().float().view(-1, prefixes, v).transpose(0, 1).contiguous().numpy()
+    values = values.float().view(-1, prefixes, v).transpose(0, 1).contiguous().numpy()
     batches = -(-n // LANES)
     lanes = torch.zeros(batches * LANES, length, v)
     lanes[:n] = x

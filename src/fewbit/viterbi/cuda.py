@@ -1,13 +1,13 @@
-"""The trellis search of ``viterbi`` on CUDA: one Triton program a tile, both walks and both ways back in it.
+"""The search of ``search.py`` on CUDA: one Triton program a tile, both walks and both ways back in it.
 
 A step reads the costs of 2^kV predecessors for every prefix, adds the errors of their values, keeps the least
 and stores it with its choice. Costs alternate between two buffers in global memory, which a step writes once
 and reads once: 128 KB at L = 16 and k = 2, from the caches. The values are read 256 times a walk, so they are
-float16 (``Trellis.raw``, exact) and stay in the first-level cache, 128 KB of them. Choices take kV bits for
+float16, as they are given, and stay in the first-level cache, 128 KB of them. Choices take kV bits for
 kV <= 2, else a byte, and are written once.
 
-Shapes: x [N, T / V, V]; values [V, 2^L] float16; costs [N, 2, 2^(L - kV)]; back pointers
-[N, T / V, 2^(L - kV) / packed] bytes; states [N, T / V].
+Shapes: x [N, S, V]; values [V, 2^L] float16; costs [N, 2, 2^(L - kV)]; back pointers
+[N, S, 2^(L - kV) / packed] bytes; states [N, S].
 
 The road not taken: CUDA C++ with costs and values in shared memory. It needs another copy of the arithmetic,
 of which no test without a GPU would see anything.
@@ -19,8 +19,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from fewbit.grid.trellis import Trellis
 
 
 @triton.jit
@@ -117,17 +115,18 @@ def _tile(
     _walk_back(overlap, back, states, length - 1, 0, True, L, KV, PACKED)
 
 
-def search(x: Tensor, trellis: Trellis, window: int, memory: int, block: int | None = None) -> Tensor:
-    """States [N, T / V] int32 of x [N, T / V, V] float32 on its device; see ``viterbi.search``.
+def search(
+    x: Tensor, values: Tensor, shift: int, window: int, memory: int, block: int | None = None
+) -> Tensor:
+    """States [N, S] int32 of x [N, S, V] float32 on its device; see ``viterbi.search``.
 
     block: prefixes that a program holds in registers at once, for speed only; by default what was fastest on
     an H100.
     """
     n, length, v = x.shape
-    shift = trellis.shift
-    prefixes = 1 << trellis.state_bits - shift
+    prefixes, state_bits = len(values) >> shift, (len(values) - 1).bit_length()
     packed = 1 << shift if shift <= 2 else 1
-    values = trellis.raw(x.device).t().contiguous()
+    values = values.half().t().contiguous()
     states = torch.empty(n, length, dtype=torch.int32, device=x.device)
     block = min(block or (8192 if packed > 1 else 4096), prefixes)
     at_once = min(n, max(1, memory // (prefixes * (8 + length // packed))))
@@ -136,7 +135,7 @@ def search(x: Tensor, trellis: Trellis, window: int, memory: int, block: int | N
     for start in range(0, n, at_once):
         part, found = x[start : start + at_once], states[start : start + at_once]
         _tile[(len(part),)](
-            part, values, costs, back, found, length, window, trellis.state_bits, shift, v, packed, block,
+            part, values, costs, back, found, length, window, state_bits, shift, v, packed, block,
             num_warps=max(1, min(block // 32, max(8, block // 256))), num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
     return states
