@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import Folders
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -13,3 +14,9 @@ def one_thread():
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Tiny models in folders, by architecture: ``folders / "llama"``."""
+    return Folders(tmp_path_factory.mktemp("models"))

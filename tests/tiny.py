@@ -170,3 +170,16 @@ def save_tiny(arch: str, folder: str | Path, max_shard_size: str = "5GB") -> tor
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tiny_tokenizer().save_pretrained(folder)
     return model
+
+
+class Folders:
+    """Tiny models in folders under ``root``, each saved when it is first asked for: ``folders / "llama"``."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def __truediv__(self, arch: str) -> Path:
+        folder = self.root / arch
+        if not folder.exists():
+            save_tiny(arch, folder)
+        return folder

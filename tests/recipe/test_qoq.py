@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import save_tiny, tiny, tiny_ids, tiny_tokenizer
+from tiny import tiny, tiny_ids, tiny_tokenizer
 
 import fewbit
 from fewbit.errors import InputError
@@ -19,15 +19,6 @@ from fewbit.transform import Permute, Smooth, SmoothAttention
 SMALL = Calibration(samples=4, seqlen=32)
 W8 = Format(grid=by_name("int8"), block=Channel(), scale=FP32)
 FOLDS = (Permute(), Smooth(alpha=0.3, linear=True, norms=False), SmoothAttention())
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Tiny models in folders, by architecture."""
-    root = tmp_path_factory.mktemp("models")
-    for arch in ("llama", "qwen2", "qwen3", "opt", "phi3"):
-        save_tiny(arch, root / arch)
-    return root
 
 
 def logits(model, ids=None, **more):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import save_tiny, tiny_ids
+from tiny import tiny_ids
 
 import fewbit
 from fewbit.errors import InputError
@@ -20,15 +20,6 @@ SMALL = Calibration(samples=4, seqlen=32)
 W8 = Format(grid=by_name("int8"), block=Channel(), scale=FP32)
 A8 = Activation(format=Format(grid=by_name("int8"), block=Token(), scale=FP32))
 BASIS = Incoherence(seed=3)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Tiny models in folders, by architecture."""
-    root = tmp_path_factory.mktemp("models")
-    for arch in ("llama", "gemma3", "gpt2"):
-        save_tiny(arch, root / arch)
-    return root
 
 
 def logits(model):
@@ -55,27 +46,12 @@ def test_the_checkpoint_is_the_same_function(folders, tmp_path, arch, activation
     torch.testing.assert_close(logits(theirs), mine, rtol=1e-4, atol=1e-4)
 
 
-def test_an_interrupted_run_ends_as_one_that_was_not(folders, tmp_path, monkeypatch):
-    from fewbit.stream import job
-
+def test_an_interrupted_run_ends_as_one_that_was_not(folders, whole_and_cut):
     recipe = Recipe(name="basis", rules=(Rule(weight=W8, solver=Ldlq(), input=A8, basis=BASIS),))
-    whole = quantize(folders / "llama", recipe, output=tmp_path / "whole", calibration=SMALL)
-    store = job.Job.store
-
-    def once(self, i, *args):
-        if i == 1:
-            raise KeyboardInterrupt
-        store(self, i, *args)
-
-    monkeypatch.setattr(job.Job, "store", once)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(folders / "llama", recipe, output=tmp_path / "cut", calibration=SMALL)
-    monkeypatch.setattr(job.Job, "store", store)
-    again = quantize(folders / "llama", recipe, output=tmp_path / "cut", calibration=SMALL)
-    assert again.resumed_blocks == 1
-    assert again.difference == pytest.approx(whole.difference, abs=1e-5)
+    whole, cut = whole_and_cut(folders / "llama", recipe, SMALL)
+    assert cut.difference == pytest.approx(whole.difference, abs=1e-5)
     torch.testing.assert_close(
-        logits(fewbit.load(tmp_path / "cut")), logits(fewbit.load(tmp_path / "whole")), rtol=0, atol=0
+        logits(fewbit.load(cut.output)), logits(fewbit.load(whole.output)), rtol=0, atol=0
     )
 
 

@@ -15,7 +15,6 @@ from fewbit.recipe import Recipe, Rule, autoround, from_yaml, gptq, higgs, named
 from fewbit.solve import Ldlq
 from fewbit.solve.blocktune import BlockTuning
 from fewbit.stream.data import Calibration
-from fewbit.stream.job import Job
 from fewbit.stream.plan import make_plan
 from fewbit.stream.quantize import quantize
 from fewbit.transform.rotation import Rotation
@@ -23,15 +22,6 @@ from fewbit.transform.rotation import Rotation
 SMALL = Calibration(samples=8, seqlen=32)
 TUNING = BlockTuning(steps=8, batch=2, looks=2)
 TWO = {"bits": 2, "group_size": 32, "symmetric": False}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Tiny models in folders, by architecture."""
-    root = tmp_path_factory.mktemp("models")
-    for arch in ("llama", "gemma3", "gpt2"):
-        save_tiny(arch, root / arch)
-    return root
 
 
 def logits(model):
@@ -73,24 +63,9 @@ def test_norms_and_biases_of_any_block_are_saved_as_they_were_tuned(folders, tmp
 
 
 @pytest.mark.parametrize("rotation", [None, Rotation()])
-def test_an_interrupted_run_ends_in_the_same_file(folders, tmp_path, monkeypatch, rotation):
+def test_an_interrupted_run_ends_in_the_same_file(folders, ends_in_the_same_file, rotation):
     recipe = Recipe(name="tuned", rules=gptq(**TWO).rules, rotation=rotation, tuning=TUNING)
-    quantize(folders / "llama", recipe, output=tmp_path / "whole", calibration=SMALL)
-    store = Job.store
-
-    def die(self, i, *rest):
-        if i == 1:
-            raise KeyboardInterrupt
-        return store(self, i, *rest)
-
-    monkeypatch.setattr(Job, "store", die)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(folders / "llama", recipe, output=tmp_path / "cut", calibration=SMALL)
-    monkeypatch.setattr(Job, "store", store)
-    result = quantize(folders / "llama", recipe, output=tmp_path / "cut", calibration=SMALL)
-    assert result.resumed_blocks == 1
-    for name in ("model.safetensors", "config.json", "fewbit_manifest.json"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    ends_in_the_same_file(folders / "llama", recipe, SMALL)
 
 
 def test_where_nothing_is_lost_nothing_is_learned(tmp_path):

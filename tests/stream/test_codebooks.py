@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import save_tiny, tiny_ids
+from tiny import tiny_ids
 
 import fewbit
 from fewbit.recipe import named
@@ -19,14 +19,6 @@ CASES = {
     "gptvq in a basis": {"d": "4", "bits": "1", "basis": "hadamard", "passes": "1"},
     "aqlm": {"entry_bits": "4", "epochs": "1", "iterations": "4"},
 }
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    for arch in ("llama", "gpt2"):
-        save_tiny(arch, root / arch)
-    return root
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import save_tiny, tiny_ids
+from tiny import tiny_ids
 
 import fewbit
 from fewbit.errors import InputError
@@ -40,15 +40,6 @@ INPUTS = {
     "fp8": Activation(format=Format(grid=by_name("e4m3fn"), block=Token(), scale=FP32)),
 }
 SMALL = Calibration(samples=4, seqlen=32)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Tiny models in folders, by architecture."""
-    root = tmp_path_factory.mktemp("models")
-    for arch in ("llama", "gpt2", "opt", "gemma3"):
-        save_tiny(arch, root / arch)
-    return root
 
 
 def logits(model, ids):

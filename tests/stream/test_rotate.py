@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import save_tiny, tiny_ids
+from tiny import tiny_ids
 
 import fewbit
 from fewbit.errors import InputError
@@ -15,15 +15,6 @@ from fewbit.transform.rotation import Rotation
 
 SMALL = Calibration(samples=4, seqlen=32)
 W8 = Rule(weight=Format(grid=by_name("int8"), block=Channel(), scale=FP32))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Tiny models in folders, by architecture."""
-    root = tmp_path_factory.mktemp("models")
-    for arch in ("llama", "qwen2", "qwen3", "opt", "gemma3", "gpt_neox"):
-        save_tiny(arch, root / arch)
-    return root
 
 
 def logits(model, ids):

@@ -9,7 +9,6 @@ from tiny import save_tiny, tiny_ids
 import fewbit
 from fewbit.recipe import autoround, from_yaml, omniquant, rtn
 from fewbit.stream.data import Calibration
-from fewbit.stream.job import Job
 from fewbit.stream.quantize import quantize
 from fewbit.transform.rotation import Rotation
 
@@ -56,20 +55,5 @@ CUT = {
 
 
 @pytest.mark.parametrize("recipe", CUT.values(), ids=CUT)
-def test_an_interrupted_run_ends_in_the_same_file(folder, tmp_path, monkeypatch, recipe):
-    quantize(folder, recipe, output=tmp_path / "whole", calibration=SMALL)
-    store = Job.store
-
-    def die(self, i, *rest):
-        if i == 1:
-            raise KeyboardInterrupt
-        return store(self, i, *rest)
-
-    monkeypatch.setattr(Job, "store", die)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(folder, recipe, output=tmp_path / "cut", calibration=SMALL)
-    monkeypatch.setattr(Job, "store", store)
-    result = quantize(folder, recipe, output=tmp_path / "cut", calibration=SMALL)
-    assert result.resumed_blocks == 1
-    for name in ("model.safetensors", "config.json", "fewbit_manifest.json"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+def test_an_interrupted_run_ends_in_the_same_file(folder, ends_in_the_same_file, recipe):
+    ends_in_the_same_file(folder, recipe, SMALL)
