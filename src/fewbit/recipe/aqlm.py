@@ -10,10 +10,9 @@ from __future__ import annotations
 from fewbit.format import FP16, Channel, Clusters, Codebook, Format, PerTensor
 from fewbit.grid import Learned
 from fewbit.recipe.recipe import Recipe, Rule
-from fewbit.recipe.weights import choice
+from fewbit.recipe.weights import basis_of
 from fewbit.solve import Aqlm
 from fewbit.solve.blocktune import BlockTuning
-from fewbit.transform import Incoherence
 
 
 def aqlm(
@@ -43,6 +42,5 @@ def aqlm(
         codebook=Codebook(block=PerTensor(), store=FP16),
     )
     solver = Aqlm(epochs=epochs, updates=updates, tolerance=tolerance, damp=damp)
-    own = choice("basis", basis, {"none": None, "hadamard": Incoherence(seed=seed)})
-    rule = Rule(weight=fmt, solver=solver, basis=own)
+    rule = Rule(weight=fmt, solver=solver, basis=basis_of(basis, seed))
     return Recipe(name="aqlm", rules=(rule,), tuning=BlockTuning.of(tune))

@@ -11,10 +11,9 @@ from fewbit.errors import InputError
 from fewbit.format import FP16, Channel, Clusters, Codebook, Format, Tiles
 from fewbit.grid import Int, Learned
 from fewbit.recipe.recipe import Recipe, Rule
-from fewbit.recipe.weights import choice
+from fewbit.recipe.weights import basis_of
 from fewbit.solve import Gptvq
 from fewbit.solve.blocktune import BlockTuning
-from fewbit.transform import Incoherence
 
 STORE = Format(grid=Int(8, narrow=True), block=Channel(), scale=FP16)
 
@@ -51,6 +50,5 @@ def gptvq(
         codebook=Codebook(block=Tiles(-int(-(8 * grid.entries + 16) // overhead), columns), store=STORE),
     )
     solver = Gptvq(damp=damp, updates=updates, passes=passes)
-    own = choice("basis", basis, {"none": None, "hadamard": Incoherence(seed=seed)})
-    rule = Rule(weight=fmt, solver=solver, basis=own)
+    rule = Rule(weight=fmt, solver=solver, basis=basis_of(basis, seed))
     return Recipe(name="gptvq", rules=(rule,), tuning=BlockTuning.of(tune))

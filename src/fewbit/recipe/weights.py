@@ -37,6 +37,7 @@ from fewbit.format import (
 )
 from fewbit.grid import by_name
 from fewbit.solve import Aimed, Hqq, Ldlq, Rtn
+from fewbit.transform import Incoherence
 
 SOLVERS = {"rtn": Rtn(), "gptq": Ldlq(), "aimed": Aimed(solver=Ldlq()), "hqq": Hqq()}
 AUTO = "auto"  # a named format's own range, otherwise the recipe's
@@ -102,3 +103,8 @@ def choice(setting: str, got: str, options: dict):
     if got not in options:
         raise InputError(f"{setting}={got!r} is unknown; choose one of {', '.join(options)}")
     return options[got]
+
+
+def basis_of(basis: str, seed: int) -> Incoherence | None:
+    """The basis that a recipe's setting names: none, or hadamard, a random one of both sides."""
+    return choice("basis", basis, {"none": None, "hadamard": Incoherence(seed=seed)})
