@@ -169,26 +169,31 @@ def em(x: Tensor, k: int, a: Tensor | None, iterations: int) -> tuple[Tensor, li
     at = torch.linspace(0, n - 1, k, device=x.device).round().long()
     order = own.argsort(dim=1, stable=True)[:, at]
     c = x.gather(1, order[..., None].expand(-1, -1, w)).contiguous()
-    ridge, costs, last = 1e-6 * torch.eye(w, dtype=x.dtype, device=x.device), [], None
+    ridge, costs, last = (
+        1e-6 * torch.eye(w, dtype=x.dtype, device=x.device),
+        [],
+        own.new_full((t, n), -1).long(),
+    )
     for _ in range(iterations):
         codes = _assign(f, c)
-        costs.append(float((error := _cost(f, own, codes, c)).sum()))
-        if last is not None and torch.equal(codes, last):
+        costs.append((error := _cost(f, own, codes, c)).sum())
+        count = collect(codes, x.new_ones(t, n, 1), x.new_empty(t, 1, k, 1))[:, 0]
+        empty = count == 0
+        moved, lost = torch.stack([(codes != last).any(), empty.any()]).tolist()  # the only wait for a GPU
+        if not moved:
             break
         last = codes
         sums = collect(codes, f, x.new_empty(t, 1, k, f.shape[-1]))[:, 0]
-        count = collect(codes, x.new_ones(t, n, 1), x.new_empty(t, 1, k, 1))[:, 0]
         mass = sums[..., w:].unflatten(-1, (w, w))
         scale = mass.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[..., None, None]
         # c moves by (sum A)^-1 (sum A (x - c)): members without cost, or along a direction without, pull none
         pull = sums[..., :w] - (mass @ c.unsqueeze(-1)).squeeze(-1)
         c = c + torch.linalg.solve(mass / scale + ridge, (pull / scale[..., 0]).unsqueeze(-1)).squeeze(-1)
-        empty = count == 0
-        if bool(empty.any()):
+        if lost:
             worst = error.argsort(dim=1, descending=True, stable=True)
             rank = (empty.long().cumsum(1) - 1).clamp(0, n - 1).squeeze(-1)
             c = torch.where(empty, x.gather(1, worst.gather(1, rank)[..., None].expand(-1, -1, w)), c)
-    return c, costs
+    return c, torch.stack(costs).tolist()
 
 
 def _features(x: Tensor, a: Tensor | None) -> Tensor:

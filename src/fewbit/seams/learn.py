@@ -46,6 +46,7 @@ from fewbit.transform import Hadamard, Map, Orthogonal
 from fewbit.transform.cayley import cayley_step, retract
 from fewbit.transform.rotation import Rotation
 
+TOKENS = 4096  # that go through the model together on a GPU, which fewer would not keep busy
 LOOKS = 5  # how often the loss is taken on the windows held out, after the start
 _PROBE = 32  # tokens on which readers and writers are found
 
@@ -126,8 +127,8 @@ def learn_rotation(
             leaf = matrix.detach().requires_grad_()
             grad = torch.zeros_like(matrix)
             with torch.enable_grad():
-                for i in order[step].tolist():  # one window at a time: memory is that of one
-                    loss = loss_of(train[i][None], whole(leaf)) / rotation.batch
+                for part in order[step].split(together(train.shape[1], device)):
+                    loss = loss_of(train[part.to(device)], whole(leaf)) * (len(part) / rotation.batch)
                     grad += torch.autograd.grad(loss, leaf)[0]
             lr = rotation.lr * (1 + math.cos(math.pi * step / rotation.steps)) / 2
             matrix = cayley_step(matrix, grad, lr)
@@ -137,6 +138,11 @@ def learn_rotation(
     return Learned(map=Orthogonal(final), losses=tuple(losses))
 
 
+def together(length: int, device: torch.device) -> int:
+    """How many windows of so many tokens go through the model at once, which is what memory is taken for."""
+    return 1 if device.type == "cpu" else max(1, TOKENS // length)
+
+
 @contextmanager
 def simulated(
     model: nn.Module, probe: Tensor, activations: Mapping[str, Activation], rotation: Rotation
@@ -144,7 +150,7 @@ def simulated(
     """While it lasts, ``loss(ids, r)``: the cross entropy of ``model`` rotated by r [n, n] with its inputs
     quantized, per token, differentiable in r. Gains stay folded afterwards; hooks go.
 
-    ids [1, length] int64; probe [1, length]: tokens on which the blocks are explored.
+    ids [windows, length] int64; probe [1, length]: tokens on which the blocks are explored.
     """
     stream = _Stream()
     grads = [(p, p.requires_grad) for p in model.parameters()]
@@ -171,9 +177,9 @@ def simulated(
 
         def loss(ids: Tensor, r: Tensor) -> Tensor:
             stream.r = r
-            logits = model(ids, use_cache=False).logits[0, :-1].float()
+            logits = model(ids, use_cache=False).logits[:, :-1].float()
             stream.seen.clear()
-            return nn.functional.cross_entropy(logits, ids[0, 1:])
+            return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
         yield loss
     finally:
@@ -227,7 +233,7 @@ def _rounding(activation: Activation, maps: Sequence[Map]) -> Callable[[Tensor],
 
 
 def _rounded(activation: Activation, x: Tensor) -> Tensor:
-    """Q(x); a centred input takes off the mean of this window, as there is no calibration yet."""
+    """Q(x); a centred input takes off the mean of these windows, as there is no calibration yet."""
     return activation(x, activation.center(x.flatten(0, -2))) if activation.centred else activation(x)
 
 

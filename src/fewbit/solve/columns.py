@@ -28,7 +28,7 @@ class Tables:
         self.ids = ids[:, ::run].to(self.points.device)
 
     def at(self, column: int) -> Tensor:
-        """[runs, M, K, w]."""
+        """[runs, M, K, w]; a number and not a tensor, which a GPU would have to be waited for."""
         return self.points[self.ids[column]]
 
 

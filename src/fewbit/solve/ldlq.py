@@ -163,6 +163,7 @@ class _Fixed:
         self.fits = [fmt.fit(w, h) for w in ws]
         self.own = own
         self.tables = None if fmt.codebook is None else Tables(fmt, self.fits[0].table, ws[0].shape)
+        self.columns = [] if fmt.codebook is None else order.tolist()
         self.ahead, self.first, self.stop = max(1, ahead // self.span) * self.span, 0, 0
 
     def params(self) -> list[Params]:
@@ -178,7 +179,7 @@ class _Fixed:
         if self.tables is None:
             return round_columns(self.fmt, rest[: self.span], self.s[mine], z)
         own = self.own[i // self.span]
-        points = self.tables.at(self.order[i])
+        points = self.tables.at(self.columns[i])
         return round_columns(self.fmt, rest[: self.span], self.s[mine], z, points, own @ own.mT)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from fewbit.errors import InputError
 from fewbit.recipe import Recipe
+from fewbit.seams.learn import together
 from fewbit.stream.data import Calibration
 from fewbit.stream.estimate import available
 
@@ -32,7 +33,7 @@ def learning(
 ) -> tuple[int, str]:
     """(peak bytes, caveat on time) of learning a rotation with the model's parameters in ``dtype``.
 
-    Raises ``InputError`` where no input is quantized, or the model does not fit with what one window needs.
+    Raises ``InputError`` where no input is quantized, or the model does not fit with what some windows need.
     """
     rotation = recipe.rotation
     if not any(layer.activation for layer in layers):
@@ -43,11 +44,12 @@ def learning(
     own = sum(sum(layer.shape) for layer in layers)  # what a backward pass keeps of one token
     logits = 4 * 4 * model.get_input_embeddings().num_embeddings
     parameters = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    peak = parameters + calibration.seqlen * (2 * own * dtype.itemsize + logits)
+    tokens = calibration.seqlen * min(rotation.batch, together(calibration.seqlen, torch.device(device)))
+    peak = parameters + tokens * (2 * own * dtype.itemsize + logits)
     if peak > available(device):
         raise InputError(
-            f"learning the rotation takes the whole model and one window's activations in memory, about "
-            f"{peak / 1e9:.1f} GB, and {device} has {available(device) / 1e9:.1f} GB; use a "
+            f"learning the rotation takes the whole model and the activations of {tokens} tokens in memory, "
+            f"about {peak / 1e9:.1f} GB, and {device} has {available(device) / 1e9:.1f} GB; use a "
             "shorter --seqlen, or steps=0 for a random Hadamard map"
         )
     tokens = rotation.steps * rotation.batch * calibration.seqlen
