@@ -1,0 +1,141 @@
+"""What each choice of a format does to each layer: its bits, and the error in the linear model's terms.
+
+Rounding in a random basis makes an error like Gaussian noise, and t^2 = |E|^2 / |W|^2 goes straight into
+HIGGS's model (`fewbit.search.linearity`). A solver with feedback makes an error that is larger, and lies
+where the inputs are weak: there t^2 says nothing. What enters then is the noise that would do the same harm,
+
+    t_eff^2 = tr(E H E^T) / E[ tr(Z H Z^T) ] = tr(E H E^T) * in / (|W|^2 tr H),   Z isotropic, |Z| = |W|
+
+H = X^T X / tokens the Gram matrix of the layer's inputs. For errors that are isotropic it is t^2 again.
+
+HIGGS: https://arxiv.org/abs/2411.17525. Shapes: W, E [out, in]; H [in, in].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.format import Format, Stats
+from fewbit.kernel.gram import add_gram, full
+from fewbit.nn.blocks import weight_of
+from fewbit.search.linearity import Tick, block_linears
+from fewbit.solve import Need, Rtn, Solver
+from fewbit.transform import Incoherence
+
+GRAM_BYTES = 2**31  # of Gram matrices held at once; more layers take another pass over the text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A format for a layer's weight, its solver and basis. ``format=None``: the layer stays as it is."""
+
+    format: Format | None
+    solver: Solver = Rtn()
+    basis: Incoherence | None = None
+
+    def bits(self, shape: tuple[int, int], kept: float = 16) -> float:
+        """Stored bits of a weight, everything counted; ``kept`` bits per weight where it stays."""
+        return (kept if self.format is None else self.format.bits_per_weight(shape)) * shape[0] * shape[1]
+
+    def solve(self, w: Tensor, stats: Stats) -> Tensor:
+        """Quantized values of ``w`` [out, in], in its own basis; rounded where the solver lacks inputs."""
+        if self.format is None:
+            return w
+        solver = Rtn() if stats.gram is None and Need.GRAM in self.solver.needs else self.solver
+        if self.basis is None:
+            return solver(w, stats, self.format).dequantize()
+        own = stats.mapped(self.basis.input_map(w.shape[1]).apply)
+        return self.basis.leave(solver(self.basis.enter(w), own, self.format).dequantize())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Error:
+    """What a choice does to a layer: t^2 of the weight; squared error of the output relative to it; and
+    t_eff^2 (both None where no inputs were gathered).
+    """
+
+    weight: float
+    output: float | None = None
+    effective: float | None = None
+
+    @property
+    def best(self) -> float:
+        """What goes into the linear model: ``effective`` where it is known."""
+        return self.weight if self.effective is None else self.effective
+
+
+def error(w: Tensor, value: Tensor, h: Tensor | None) -> Error:
+    """The error of ``value`` for ``w`` [out, in] under the Gram matrix ``h`` [in, in] of its inputs."""
+    e, norm = w - value, float(w.double().square().sum())
+    t2 = float(e.double().square().sum()) / norm
+    if h is None:
+        return Error(weight=t2)
+    clean, harm = (float(((a @ h) * a).sum(dtype=torch.float64)) for a in (w, e))
+    isotropic = norm * float(h.diagonal().sum()) / len(h)
+    return Error(weight=t2, output=harm / clean, effective=harm / isotropic)
+
+
+@torch.no_grad()
+def layer_errors(
+    model: nn.Module,
+    choices: dict[str, Sequence[Choice]],
+    tokens: Tensor | None = None,
+    progress: Tick | None = None,
+) -> dict[str, tuple[Error, ...]]:
+    """The errors of every layer named in ``choices``, under each of its choices, in a float model.
+
+    tokens [w, l]: the text whose inputs solvers with feedback use, and output errors are measured under; None
+    for the weights alone (such solvers then round).
+    """
+    modules, found, todo = block_linears(model), {}, list(choices)
+    while todo:
+        part, held = [], 0
+        while todo and (not part or held < GRAM_BYTES):
+            part.append(todo.pop(0))
+            held += 4 * weight_of(modules[part[-1]]).shape[1] ** 2
+        grams = {} if tokens is None else gram_matrices(model, part, tokens)
+        for name in part:
+            w, h = weight_of(modules[name]).detach().float(), grams.get(name)
+            found[name] = tuple(error(w, one.solve(w, Stats(gram=h)), h) for one in choices[name])
+            if progress is not None:
+                progress(len(found), len(choices))
+    return found
+
+
+@torch.no_grad()
+def gram_matrices(model: nn.Module, layers: Sequence[str], tokens: Tensor) -> dict[str, Tensor]:
+    """H = X^T X / tokens of the input of each layer, [in, in] float32; layers with one input share it."""
+    modules = block_linears(model)
+    device = next(model.parameters()).device
+    cache = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
+    leaders: dict[str, str] = {}  # layer -> the first that got the same tensor
+    sums: dict[str, Tensor] = {}
+    last: list[tuple[Tensor, str]] = []
+
+    def hook(name: str):
+        def add(module, args, kwargs):
+            x = args[0] if args else next(iter(kwargs.values()))
+            if last and last[0][0] is x:
+                leaders[name] = last[0][1]
+                return
+            last[:] = [(x, name)]
+            leaders[name] = name
+            rows = x.detach().flatten(0, -2)
+            add_gram(sums.setdefault(name, torch.zeros(2 * (rows.shape[1],), device=device)), rows)
+
+        return add
+
+    handles = [modules[n].register_forward_pre_hook(hook(n), with_kwargs=True) for n in layers]
+    try:
+        for window in tokens:
+            model(input_ids=window[None].to(device), **cache)
+    finally:
+        last.clear()
+        for handle in handles:
+            handle.remove()
+    whole = {name: full(h) / tokens.numel() for name, h in sums.items()}
+    return {name: whole[leaders[name]] for name in layers if name in leaders}
