@@ -104,15 +104,15 @@ def plan(
     from fewbit.cli.show import print_json
     from fewbit.cli.summary import show_layers, show_plan
     from fewbit.io.source import open_source
-    from fewbit.stream.data import Calibration, sample_tokens
+    from fewbit.stream.data import Calibration
     from fewbit.stream.plan import make_plan
+    from fewbit.stream.quantize import read_calibration
 
     text = Calibration(source=calibration, samples=samples, seqlen=seqlen, seed=seed)
     where = options.device_name(device)
     source = open_source(model)
     made = make_plan(source, chosen, text, output=output, device=where, depth=depth.value)[0]
-    if made.calibration is not None:
-        sample_tokens(made.calibration, source.tokenizer())  # a text too short is refused now
+    read_calibration(made)  # a text too short is refused now
     if as_json:
         print_json(made.as_dict())
         return

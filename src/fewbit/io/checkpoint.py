@@ -22,8 +22,9 @@ from fewbit.format.format import Format, Params
 from fewbit.format.qtensor import QTensor
 from fewbit.format.split import SplitTensor
 from fewbit.io import compressed_tensors, inputs, native
-from fewbit.io.native import Entry
+from fewbit.io.native import Entry, SiteEntry
 from fewbit.io.source import SafetensorsSource, TensorInfo
+from fewbit.nn.sites import Quantizer
 
 CODECS = {native.QUANT_METHOD: native, compressed_tensors.QUANT_METHOD: compressed_tensors}
 
@@ -65,7 +66,11 @@ class Checkpoint(SafetensorsSource):
         self.entries: dict[str, Entry] = (
             self._native() if self._codec is native else self._compressed_tensors()
         )
+        self.sites: tuple[SiteEntry, ...] = ()
+        if self._codec is native:
+            self.sites = native.sites_from_config(self.quantization_config)
         self._parts = {module: self._stored_names(module, entry) for module, entry in self.entries.items()}
+        self._parts |= {s.name: self._all_there([f"{s.name}.{n}" for n in s.layout()]) for s in self.sites}
 
     @property
     def formats(self) -> dict[str, Format]:
@@ -96,6 +101,18 @@ class Checkpoint(SafetensorsSource):
         entry = self.entries[module]
         names = [f"{module}.{n}" for n in inputs.layout(entry.activation, entry.shape[1])]
         return inputs.from_dict(module, super().read(names), entry.activation, entry.shape[1])
+
+    def read_site(self, entry: SiteEntry) -> Quantizer:
+        """The quantizer of a site, on the CPU."""
+        stored, parts = super().read(self._parts[entry.name]), {}
+        for name, (shape, dtype) in entry.layout().items():
+            part = parts[name] = stored[f"{entry.name}.{name}"]
+            if tuple(part.shape) != shape or part.dtype != dtype:
+                raise InputError(
+                    f"tensor {entry.name}.{name} of {self.name} is {part.dtype} of shape {list(part.shape)}, "
+                    f"expected {dtype} of shape {list(shape)}; configuration and file do not belong together"
+                )
+        return Quantizer(entry.activation, Params(**{"zero": None, **parts}) if parts else None)
 
     def config(self):
         """The model's configuration, without ``quantization_config``: as a source this is a plain model."""
@@ -158,6 +175,9 @@ class Checkpoint(SafetensorsSource):
     def _stored_names(self, module: str, entry: Entry) -> list[str]:
         parts = self._codec.names(module, *entry.stored)
         parts += [f"{module}.{n}" for n in inputs.layout(entry.activation, entry.shape[1])]
+        return self._all_there(parts)
+
+    def _all_there(self, parts: list[str]) -> list[str]:
         missing = [part for part in parts if part not in self._infos]
         if missing:
             raise InputError(

@@ -1,7 +1,8 @@
 """A model ready to run, from any source: ``load("out")``, ``load("smollm2")``, ``load("model.gguf")``.
 
-Quantized modules become ``QLinear`` on their codes; everything else is materialized as it is stored. The
-model's class, its buffers and its tied parameters are transformers' own (``fewbit.io.skeleton``).
+Quantized modules become ``QLinear`` or ``QEmbedding`` on their codes; quantizers of an encoder's sums and
+outputs are set at their sites; everything else is materialized as it is stored. The model's class,
+its buffers and its tied parameters are transformers' own (``fewbit.io.skeleton``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import nn
 from fewbit.io.checkpoint import Checkpoint
 from fewbit.io.skeleton import build_skeleton, materialize, parameter_map
 from fewbit.io.source import Source, open_source
+from fewbit.nn.embedding import QEmbedding
 from fewbit.nn.linear import QLinear
+from fewbit.nn.sites import place
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
@@ -32,6 +35,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     quantized = _quantized(source, mapping)
     for name, module in quantized.items():
         q, entry = source.read_qtensor(module).to(device), source.entries[module]
+        if isinstance(model.get_submodule(name), nn.Embedding):
+            model.set_submodule(name, QEmbedding(q, dtype))
+            continue
         params = source.read_input(module)
         layer = QLinear(
             q,
@@ -44,12 +50,14 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         model.set_submodule(name, layer)
     rest = [name for name in mapping if name.removesuffix(".weight") not in quantized]
     materialize(model, rest, source, {name: mapping[name] for name in rest}, device, dtype)
+    sites = source.sites if isinstance(source, Checkpoint) else ()
+    place(model, {entry.site: source.read_site(entry).to(device) for entry in sites})
     model.config.dtype = dtype
     _generation_config(model, source)
     if isinstance(source, Checkpoint):
         from fewbit.io.hf_quantizer import attach
 
-        attach(model, {name: source.entries[module] for name, module in quantized.items()})
+        attach(model, {name: source.entries[module] for name, module in quantized.items()}, sites)
     return model.eval()
 
 

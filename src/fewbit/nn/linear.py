@@ -29,6 +29,7 @@ from fewbit.format.format import Format, Params
 from fewbit.format.qtensor import QTensor
 from fewbit.format.split import SplitTensor
 from fewbit.kernel.linear import linear
+from fewbit.nn.stored import Stored
 
 
 class Online(Protocol):
@@ -41,7 +42,7 @@ class Online(Protocol):
         """x T^-1."""
 
 
-class QLinear(nn.Module):
+class QLinear(Stored):
     """``in_features`` -> ``out_features`` with a quantized weight [out, in] and an optional bias [out].
 
     activation: how the input is quantized, or None; params: its steps when they are static; online: the map
@@ -118,19 +119,6 @@ class QLinear(nn.Module):
         parts += [] if self.online is None else [f"after {self.online}"]
         parts += [] if self.output is None else [f"before the inverse of {self.output}"]
         return ", ".join(str(part) for part in parts)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
-        """Devices follow ``module.to``; dtypes do not: the steps' dtype belongs to the format.
-
-        ``model.half()`` would otherwise round float32 steps in silence.
-        """
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
 
 def see_quantized(

@@ -1,6 +1,6 @@
 """Quantizers at named places of a model that are not inputs of linears: outputs of modules, residual sums.
 
-    x ~ P^-1 ( Q( P x ) )       Q: an `Activation`; P: an order of the columns, or nothing
+    x ~ Q(x)       Q: an `Activation` with stored steps, or dynamic ones
 
 Where a linear reads x, `QLinear` rounds it. What a residual adds, what a LayerNorm reads and what a linear
 writes have no linear behind them, yet integer hardware holds them in few bits too, and in BERT it is there
@@ -9,15 +9,15 @@ Efficient Transformer Quantization", https://arxiv.org/abs/2109.12948, section 3
 output of a module; a forward hook replaces the tensor by what its codes mean. A residual sum is the input of
 the norm that reads it.
 
-With an order, columns are sorted before ``Columns(n)`` cuts them into groups, so that those with large ranges
-share a step (section 4, "per-embedding-group"). The tensor comes back in its own order: on hardware the order
-is folded into the weights around it and costs nothing.
+With groups, columns are sorted before they are cut into groups, so that those with large ranges share a step
+(section 4, "per-embedding-group"); a step is kept for every column of a group, so that nothing is gathered.
 
 Ranges of static steps come from a few batches (`observe`): over all of them, or their moving average; tokens
 under the attention mask are left out, for [PAD] is no input.
 
-The road not taken: a module for every quantizer, put into the model. Sums have no module to replace, and a
-hook leaves names, classes and the state dict as they were.
+The quantizer of a site is a module of its own below the one it belongs to (``X.output_site``): its steps go
+where the model goes, and into its state dict. The road not taken: a module around X instead. Sums have no
+module to wrap, and every name below X would change.
 
 Shapes: b sentences, t tokens, d columns (embedding dimensions), n rows of a sample.
 """
@@ -25,18 +25,19 @@ Shapes: b sentences, t tokens, d columns (embedding dimensions), n rows of a sam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fewbit.errors import InputError
 from fewbit.format.activation import Activation
+from fewbit.format.block import Columns, PerTensor
 from fewbit.format.format import Params
-from fewbit.nn.linear import transform_input
+from fewbit.nn.linear import change_input
+from fewbit.nn.stored import Stored
 
 
 class At(StrEnum):
@@ -56,37 +57,46 @@ class Site:
     def __str__(self) -> str:
         return f"{self.module}:{self.at}"
 
-
-class Order(Protocol):
-    """A permutation of the columns: ``fewbit.transform.Permutation``."""
-
-    def apply(self, x: Tensor, axis: int = -1) -> Tensor:
-        """Columns in the new order."""
-
-    def invert(self, x: Tensor, axis: int = -1) -> Tensor:
-        """Columns in their own order again."""
+    @property
+    def child(self) -> str:
+        """Name of the quantizer below the module."""
+        return f"{self.at}_site"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Quantizer:
-    """How the tensor of a site is rounded: the Activation, its steps when static, the order of its groups."""
+class Quantizer(Stored):
+    """How the tensor of a site is rounded: the Activation, and its steps when static.
 
-    activation: Activation
-    params: Params | None = None
-    order: Order | None = None
+    Buffers ``scale`` and ``zero`` [groups of columns, or 1] are the steps, None for dynamic ones.
+    """
 
-    def __post_init__(self):
-        if self.activation.static is not (self.params is not None):
+    def __init__(self, activation: Activation, params: Params | None = None):
+        """Raises InputError where steps and Activation do not go together."""
+        super().__init__()
+        if activation.static is not (params is not None):
             raise InputError(
-                f"{self.activation} {'needs' if self.activation.static else 'takes no'} stored steps; "
-                "fit() makes those of a static one"
+                f"{activation} {'needs' if activation.static else 'takes no'} stored steps; fit() makes "
+                "those of a static one"
             )
+        self.activation = activation
+        for name in ("scale", "zero"):
+            part = getattr(params, name, None)
+            self.register_buffer(name, None if part is None else torch.atleast_1d(part))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., d] -> what its codes mean, in x's dtype and order."""
-        if self.order is None:
-            return self.activation(x, self.params)
-        return self.order.invert(self.activation(self.order.apply(x), self.params))
+    @property
+    def params(self) -> Params | None:
+        """The steps of a static Activation, in the shapes that its Format has for them."""
+        if not self.activation.static:
+            return None
+        whole = isinstance(self.activation.format.block, PerTensor)
+        scale, zero = (p.reshape(()) if whole and p is not None else p for p in (self.scale, self.zero))
+        return Params(scale=scale, zero=zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] -> what its codes mean, in x's dtype."""
+        return self.activation(x, self.params)
+
+    def extra_repr(self) -> str:
+        return str(self.activation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,22 +180,37 @@ def _summary(x: Tensor, share: int) -> tuple[Tensor, Tensor, Tensor, int]:
     return low, high, x[keep], len(x)
 
 
-def fit(activation: Activation, seen: Seen, order: Order | None = None) -> Quantizer:
+def fit(activation: Activation, seen: Seen, order: Tensor | None = None) -> Quantizer:
     """The quantizer of a site from what calibration saw there.
 
     Static steps follow the format's range rule over all batches, or with ``activation.momentum`` m the
-    average m * old + (1 - m) * new of the batches' extremes, which starts at the first.
+    average m * old + (1 - m) * new of the batches' extremes, which starts at the first. ``order`` [d] int64:
+    the columns as ``activation.groups`` equal groups are cut from them; without it, by their own range.
+    Raises InputError for groups that do not divide the columns.
     """
     if not activation.static:
-        return Quantizer(activation=activation, order=order)
-    turn = (lambda v: v) if order is None else order.apply
-    if activation.momentum is None:
-        low, high = seen.low.amin(0), seen.high.amax(0)
-        params = activation.fit(turn(seen.rows), turn(low), turn(high))
-    else:
+        return Quantizer(activation)
+    if activation.momentum is not None:
         low, high = (_moving_average(v, activation.momentum) for v in (seen.low, seen.high))
-        params = activation.fit_range(turn(low), turn(high))
-    return Quantizer(activation=activation, params=params, order=order)
+        return Quantizer(activation, activation.fit_range(low, high))
+    low, high = seen.low.amin(0), seen.high.amax(0)
+    if activation.groups is None:
+        return Quantizer(activation, activation.fit(seen.rows, low, high))
+    order = seen.spread.argsort(stable=True) if order is None else order
+    size, back = check_groups(activation, len(order)), order.argsort()
+    cut = replace(activation, groups=None, format=replace(activation.format, block=Columns(size)))
+    p = cut.fit(seen.rows[:, order], low[order], high[order])
+    scale, zero = (None if v is None else v.repeat_interleave(size)[back] for v in (p.scale, p.zero))
+    return Quantizer(activation, Params(scale=scale, zero=zero))
+
+
+def check_groups(activation: Activation, columns: int) -> int:
+    """Columns in each group. Raises InputError for groups that are not equal."""
+    groups = activation.groups or 1
+    if groups > columns or columns % groups:
+        fits = [k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if columns % k == 0]
+        raise InputError(f"{groups} groups do not divide {columns} embedding dimensions; choose from {fits}")
+    return columns // groups
 
 
 def _moving_average(v: Tensor, momentum: float) -> Tensor:
@@ -203,11 +228,16 @@ def place(model: nn.Module, quantizers: Mapping[Site, Quantizer]) -> Callable[[]
     """
     for site in quantizers:
         _module(model, site)
-    undo = [_hook(model, site, quantizer) for site, quantizer in quantizers.items()]
+    undo = []
+    for site, quantizer in quantizers.items():
+        _module(model, site).add_module(site.child, quantizer)
+        undo.append(_hook(model, site, None))
 
     def remove() -> None:
         for each in undo:
             each()
+        for site in quantizers:
+            delattr(_module(model, site), site.child)
 
     return remove
 
@@ -223,17 +253,25 @@ def _module(model: nn.Module, site: Site) -> nn.Module:
     return modules[site.module]
 
 
-def _hook(model: nn.Module, site: Site, change: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
-    """Put ``change`` at a site; where it returns None the tensor stays as it is."""
+def _hook(
+    model: nn.Module, site: Site, change: Callable[[Tensor], Tensor | None] | None
+) -> Callable[[], None]:
+    """Put ``change`` at a site; where it returns None the tensor stays as it is. Without it, the quantizer
+    that is placed there, looked up at each call, so that a copy of the model has its own.
+    """
 
-    def checked(x: Tensor) -> Tensor:
+    def checked(module: nn.Module, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise InputError(f"{site} is not one float tensor but {got}; choose another module")
-        new = change(x)
+        new = getattr(module, site.child)(x) if change is None else change(x)
         return x if new is None else new
 
     module = _module(model, site)
-    if site.at is At.INPUT:
-        return transform_input(module, checked)
-    return module.register_forward_hook(lambda module, args, out: checked(out)).remove
+    if site.at is At.OUTPUT:
+        return module.register_forward_hook(lambda module, args, out: checked(module, out)).remove
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return change_input(lambda x: checked(module, x), args, kwargs)
+
+    return module.register_forward_pre_hook(before, with_kwargs=True).remove

@@ -12,6 +12,7 @@ from fewbit.errors import InputError
 from fewbit.recipe.aqlm import aqlm
 from fewbit.recipe.autoround import autoround
 from fewbit.recipe.awq import awq
+from fewbit.recipe.encoder import mixed_precision, peg_encoder
 from fewbit.recipe.gptq import gptq
 from fewbit.recipe.gptvq import gptvq
 from fewbit.recipe.higgs import higgs
@@ -26,6 +27,7 @@ from fewbit.recipe.quarot import quarot
 from fewbit.recipe.quip import quip, quip_sharp
 from fewbit.recipe.recipe import Alternative, Recipe, Rule, from_yaml
 from fewbit.recipe.rtn import fp8, int8, nf4, rtn
+from fewbit.recipe.sites import Role, SiteRule
 from fewbit.recipe.smoothquant import smoothquant
 from fewbit.recipe.spinquant import spinquant
 from fewbit.recipe.w8a8 import fp8_dynamic, llm_int8, quanto, w8a8
@@ -45,6 +47,8 @@ RECIPES: tuple[Callable[..., Recipe], ...] = (
     quanto,
     mofq,
     peg,
+    peg_encoder,
+    mixed_precision,
     quarot,
     qoq,
     spinquant,
@@ -101,7 +105,8 @@ def _parse(recipe: str, key: str, text: object, hint: object) -> object:
 
 
 __all__ = [
-    "RECIPES", "Alternative", "Recipe", "Rule", "aqlm", "autoround", "awq", "fp8", "fp8_dynamic", "from_yaml",
-    "gptq", "gptvq", "higgs", "hqq", "int8", "kmeans", "llm_int8", "mofq", "named", "nf4", "omniquant", "peg",
-    "qoq", "qtip", "quanto", "quarot", "quip", "quip_sharp", "rtn", "smoothquant", "spinquant", "w8a8",
+    "RECIPES", "Alternative", "Recipe", "Role", "Rule", "SiteRule", "aqlm", "autoround", "awq", "fp8",
+    "fp8_dynamic", "from_yaml", "gptq", "gptvq", "higgs", "hqq", "int8", "kmeans", "llm_int8",
+    "mixed_precision", "mofq", "named", "nf4", "omniquant", "peg", "peg_encoder", "qoq", "qtip", "quanto",
+    "quarot", "quip", "quip_sharp", "rtn", "smoothquant", "spinquant", "w8a8",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from fewbit.format import Format
 from fewbit.format.activation import Activation
 from fewbit.format.codec import FORMAT_CLASSES, from_plain, to_plain
 from fewbit.format.split import Split
+from fewbit.recipe.sites import Role, SiteRule
 from fewbit.solve import SOLVERS, Need, Rtn, Solver
 from fewbit.solve.blocktune import BlockTuning
 from fewbit.solve.tune import Tuner
@@ -131,7 +132,9 @@ class Recipe:
 
     rotation: QuaRot's maps of the whole model, done first; transforms: what chooses maps at the seams of each
     block before its layers are solved, in this order; tuning: what is still float in a block learns to make
-    up for each group of layers that was quantized; None for no such thing.
+    up for each group of layers that was quantized; None for no such thing. sites: what tensors of an encoder
+    that no linear reads are rounded to, the first that names a tensor's role decides; embedding: the Format
+    of its token table.
     """
 
     name: str
@@ -139,9 +142,13 @@ class Recipe:
     transforms: tuple[Chooser, ...] = ()
     rotation: Rotation | None = None
     tuning: BlockTuning | None = None
+    sites: tuple[SiteRule, ...] = ()
+    embedding: Format | None = None
 
     def __post_init__(self):
-        if not self.rules:
+        if self.of_encoder:
+            self._check_encoder()
+        elif not self.rules:
             raise InputError(
                 f"recipe {self.name!r} has no rules; give at least one, such as Rule(match='*', weight=...)"
             )
@@ -152,6 +159,30 @@ class Recipe:
             )
         if self.tuning is not None:
             self._check_tuning()
+
+    @property
+    def of_encoder(self) -> bool:
+        """Whether it speaks of tensors that only encoders have quantized: sums, outputs, the token table."""
+        return bool(self.sites) or self.embedding is not None
+
+    def _check_encoder(self) -> None:
+        for rule in self.rules:
+            if rule.needs or rule != Rule(match=rule.match, weight=rule.weight, solver=rule.solver):
+                raise InputError(
+                    f"recipe {self.name!r} rounds sums and outputs of an encoder or its token table, which "
+                    "goes with rules of a weight format and a solver that needs no calibration, such as "
+                    f"Rtn(); leave the rest out of rule {rule.match!r}"
+                )
+        if self.transforms or self.rotation is not None or self.tuning is not None:
+            raise InputError(
+                f"recipe {self.name!r} rounds sums and outputs of an encoder or its token table, which goes "
+                "without transforms, rotation and tuning; leave them out"
+            )
+
+    def site_rule(self, role: Role) -> SiteRule | None:
+        """The first rule that names the role of a tensor and gives it bits, or None."""
+        rule = next((r for r in self.sites if role in r.roles), None)
+        return None if rule is None or rule.activation is None else rule
 
     def _check_tuning(self) -> None:
         for rule in self.rules:
@@ -184,7 +215,7 @@ def from_yaml(text: str, where: str = "recipe file") -> Recipe:
         raise InputError(f"{where} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise InputError(f"{where} holds no recipe; expected the YAML that fewbit writes beside a checkpoint")
-    own = (Recipe, Rule, Alternative, Incoherence, Rotation, BlockTuning)
+    own = (Recipe, Rule, SiteRule, Alternative, Incoherence, Rotation, BlockTuning)
     recipe = from_plain(data, (*own, *SOLVERS, *CHOOSERS, *FORMAT_CLASSES))
     if not isinstance(recipe, Recipe):
         raise InputError(f"{where} holds a {type(recipe).__name__}, expected a Recipe")

@@ -12,6 +12,9 @@ import torch
 
 from fewbit.errors import InputError
 from fewbit.solve import Need
+from fewbit.stream.sites import BATCH
+
+SENTENCE = 32  # tokens of a usual one
 
 
 def check_disk(output: Path, size: int) -> None:
@@ -68,6 +71,25 @@ def memory(model, blocks, layers, calibration, device, depth, item, tuning=None)
     return depth, peak(depth)
 
 
+def memory_whole(model, layers, calibration, device, depth, item) -> tuple[str, int]:
+    """("whole", predicted peak bytes) of a model that is held at once: its weights, what rounding the largest
+    of them takes, or one batch of sentences.
+    """
+    if depth not in ("auto", "whole"):
+        raise InputError(f"depth {depth!r} is for models that are read block by block; leave it at auto")
+    weights = sum(p.numel() for p in model.parameters()) * item
+    rounding = 6 * max(math.prod(layer.shape) for layer in layers) * 4
+    config, sentence = model.config, calibration.seqlen if calibration else 32
+    tokens = BATCH * min(sentence, config.max_position_embeddings)
+    running = tokens * item * (8 * config.hidden_size + 4 * config.intermediate_size)
+    peak = int((0 if device != "cpu" else _resident()) + 1.4 * (weights + max(rounding, running)))
+    if peak > available(device):
+        raise InputError(
+            f"this run needs about {peak / 1e9:.1f} GB and {device} has {available(device) / 1e9:.1f} GB"
+        )
+    return "whole", peak
+
+
 def _resident() -> int:
     """Resident bytes of this process now."""
     try:
@@ -89,12 +111,15 @@ def available(device: str) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def seconds(blocks, layers, calibration, device, tuning=None) -> float:
-    """Predicted wall time from the arithmetic and a 30 ms measurement of this device's matrix product."""
+def seconds(blocks, layers, calibration, device, tuning=None, whole=False) -> float:
+    """Predicted wall time from the arithmetic and a 30 ms measurement of this device's matrix product.
+
+    whole: an encoder that runs sentences.
+    """
     weights = sum(math.prod(layer.shape) for layer in layers)
     flops = 0.0
     if calibration:
-        tokens = calibration.samples * calibration.seqlen
+        tokens = calibration.samples * (min(calibration.seqlen, SENTENCE) if whole else calibration.seqlen)
         flops += 2 * tokens * weights
         flops += sum(
             tokens * w * w for b in range(len(blocks)) for w in {x.shape[1] for x in layers if x.block == b}

@@ -29,8 +29,9 @@ from fewbit.solve import Need
 from fewbit.solve.blocktune import BlockTuning
 from fewbit.stream.blocks import Blocks, find_blocks, is_transposed, linears, weight_of
 from fewbit.stream.data import Calibration
-from fewbit.stream.estimate import check_disk, memory, seconds
+from fewbit.stream.estimate import check_disk, memory, memory_whole, seconds
 from fewbit.stream.learning import learning, learns
+from fewbit.stream.sites import PlannedSite, check_sentences, plan_sites, wants_sentences
 from fewbit.transform import Map
 
 
@@ -39,7 +40,7 @@ class PlannedLayer:
     """One linear layer and what the recipe does with it.
 
     module: name in the model; name: name in the checkpoint; block: index of its block; shape: (out, in);
-    kind: class of the module, "Linear" or "Conv1D".
+    kind: class of the module, "Linear" or "Conv1D"; "Embedding", in block -1, of a token table.
     """
 
     module: str
@@ -130,6 +131,7 @@ class Plan:
     peak_bytes: int
     seconds: float
     device: str
+    sites: tuple[PlannedSite, ...] = ()  # tensors of an encoder that no linear reads, and are rounded
 
     @property
     def bits_per_weight(self) -> float:
@@ -157,6 +159,16 @@ class Plan:
                     "size_bytes": math.ceil(layer.bits_per_weight * math.prod(layer.shape) / 8),
                 }
                 for layer in self.layers
+            ],
+            "sites": [
+                {
+                    "tensor": str(s.place.site),
+                    "role": str(s.place.role),
+                    "format": s.text,
+                    "columns": s.columns,
+                    "size_bytes": s.nbytes,
+                }
+                for s in self.sites
             ],
             "left": list(self.left),
             "unused": list(self.unused),
@@ -192,17 +204,22 @@ def make_plan(
     model = build_skeleton(source)
     mapping, unused = parameter_map(source, model)
     blocks = find_blocks(model)
+    sites = plan_sites(model, recipe) if recipe.of_encoder else ()
     layers, left = assign(model, blocks, recipe, mapping)
     refusals = (compressed_tensors.refusal(w, x.kind, a) for x in layers for w, a in x.rule.choices)
     reason = next((r for r in refusals if r), "")
     if recipe.rotation is not None and recipe.rotation.online:
         reason = reason or "Hadamard maps that run at every call are not written there yet"
+    if recipe.of_encoder:
+        reason = "tables and quantizers of sums and outputs have no place there"
     if any(layer.rule.basis for layer in layers):
         reason = reason or "weights in a basis of their own are not written there"
     if any(x.rule.split is not None for x in layers):
         reason = reason or "columns kept in float have no place there"
     needs = _needs(layers, recipe)
-    used = calibration if needs or learns(recipe) else None
+    used = calibration if needs or learns(recipe) or wants_sentences(recipe) else None
+    if wants_sentences(recipe):
+        check_sentences(recipe, calibration)
     if recipe.tuning is not None:
         depth = _check_tuning(recipe.tuning, calibration, depth)
     info = source.tensors()
@@ -211,11 +228,14 @@ def make_plan(
     stored = set(mapping.values())
     rest = sum(math.prod(info[n].shape) * item for n in stored if n in info and n not in quantized)
     codes = sum(layer.bits_per_weight * math.prod(layer.shape) / 8 for layer in layers)
-    size = math.ceil(codes + rest)
+    size = math.ceil(codes + rest) + sum(s.nbytes for s in sites)
     if output is not None:
         check_disk(output, size)
     item_run = 4 if device == "cpu" else source.dtype.itemsize  # the loop computes in float32 on a CPU
-    chosen, peak = memory(model, blocks, layers, used, device, depth, item_run, recipe.tuning)
+    if recipe.of_encoder:
+        chosen, peak = memory_whole(model, layers, used, device, depth, item_run)
+    else:
+        chosen, peak = memory(model, blocks, layers, used, device, depth, item_run, recipe.tuning)
     caveats = _caveats(layers, source, used, reason, recipe.tuning)
     if learns(recipe):
         dtype = torch.float32 if device == "cpu" else source.dtype
@@ -235,8 +255,9 @@ def make_plan(
         source_bytes=sum(info[n].nbytes for n in stored if n in info),
         depth=chosen,
         peak_bytes=peak,
-        seconds=seconds(blocks, layers, used, device, recipe.tuning),
+        seconds=seconds(blocks, layers, used, device, recipe.tuning, chosen == "whole"),
         device=device,
+        sites=sites,
     )
     return plan, model, blocks, mapping
 
@@ -333,6 +354,8 @@ def assign(
                 rule=rule,
             )
         )
+    if recipe.embedding is not None:
+        layers.append(_table(model, recipe.embedding, mapping))
     for i, rule in enumerate(recipe.rules, 1):
         if rule not in used:
             some = ", ".join(list(inside)[:3])
@@ -347,3 +370,26 @@ def assign(
             f"recipe {recipe.name!r} leaves every layer as it is; give a rule with a weight format"
         )
     return layers, left
+
+
+def _table(model: nn.Module, format: Format, mapping: dict[str, str]) -> PlannedLayer:
+    """The token table. Raises ``InputError`` for one that is tied to the head, which would need a copy."""
+    table = model.get_input_embeddings()
+    name = next(n for n, module in model.named_modules() if module is table)
+    stored = mapping[f"{name}.weight"]
+    tied = [n for n, s in mapping.items() if s == stored and n != f"{name}.weight"]
+    if tied:
+        raise InputError(
+            f"the token table {name} of {type(model).__name__} is also {tied[0]} of its head, which stays "
+            "float; quantize the encoder without its head, or leave the table float with --set embedding_bits=none"
+        )
+    shape = tuple(table.weight.shape)
+    format.check(shape, f"the token table {name}")
+    return PlannedLayer(
+        module=name,
+        name=stored.removesuffix(".weight"),
+        block=-1,
+        shape=shape,
+        kind="Embedding",
+        rule=Rule(match=name, weight=format),
+    )

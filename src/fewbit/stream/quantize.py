@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbit.errors import InputError, WriteError
 from fewbit.format.codec import to_plain
@@ -20,12 +21,14 @@ from fewbit.io import compressed_tensors, native
 from fewbit.io.source import open_source
 from fewbit.recipe import Recipe
 from fewbit.stream.data import Calibration, sample_tokens, token_hash
+from fewbit.stream.encoder import Encoder
 from fewbit.stream.job import MANIFEST, RECIPE, Job, depth_of_interrupted, write_text
 from fewbit.stream.loop import Loop
 from fewbit.stream.memory import return_freed_arrays
 from fewbit.stream.plan import Plan, make_plan
 from fewbit.stream.progress import LayerRow, Progress
 from fewbit.stream.rotate import learned_map
+from fewbit.stream.sites import read_sentences
 from fewbit.stream.verify import verify
 from fewbit.stream.weights import Rounded
 
@@ -55,6 +58,7 @@ class Result:
             "size_bytes": sum(f.stat().st_size for f in self.output.glob("*.safetensors")),
             "source_bytes": self.plan.source_bytes,
             "layers": [row.as_dict() for row in self.rows],
+            "sites": len(self.plan.sites),
             "mean_error": sum(row.error for row in self.rows) / len(self.rows),
             "reload_difference": self.difference,
             "resumed_blocks": self.resumed_blocks,
@@ -92,8 +96,8 @@ def quantize(
     plan, skeleton, blocks, mapping = make_plan(
         source, recipe, calibration, output=output, device=device, depth=depth
     )
-    tokens = sample_tokens(plan.calibration, source.tokenizer()) if plan.calibration else None
-    job = Job(output, _key(plan, tokens))
+    seen = read_calibration(plan)
+    job = Job(output, _key(plan, seen))
     if job.open():
         rows, difference = _read_manifest(output)
         seconds = time.perf_counter() - start
@@ -107,18 +111,20 @@ def quantize(
             finished_before=True,
         )
     progress.start(plan)
-    loop = Loop(plan=plan, model=skeleton, blocks=blocks, mapping=mapping, job=job, progress=progress)
     try:
-        loop.stream = learned_map(plan, tokens, job, progress)
-        logits = loop.run(tokens)
+        if recipe.of_encoder:
+            made = _whole(plan, skeleton, mapping, seen, job, progress)
+        else:
+            loop = Loop(plan=plan, model=skeleton, blocks=blocks, mapping=mapping, job=job, progress=progress)
+            made = _by_blocks(loop, seen)
+        plan = made.plan
         progress.phase("writing the checkpoint")
-        plan = replace(plan, layers=tuple(loop.done(x) for x in plan.layers))
-        _write(plan, job, loop, len(blocks))
+        _write(made, job)
         difference = None
         if read_back:
             progress.phase("reading it back")
-            difference = verify(job.ready, loop.witness, logits, device)
-        _write_manifest(plan, job, loop.rows, difference)
+            difference = made.check()
+        _write_manifest(plan, job, made.rows, difference)
     except WriteError:
         raise  # finished blocks stay: the same command goes on from them
     except InputError:
@@ -128,21 +134,75 @@ def quantize(
     return Result(
         output=output,
         plan=plan,
-        rows=tuple(loop.rows),
+        rows=tuple(made.rows),
         difference=difference,
-        resumed_blocks=loop.resumed,
+        resumed_blocks=made.resumed,
         seconds=time.perf_counter() - start,
     )
 
 
-def _key(plan: Plan, tokens: Tensor | None) -> dict:
+def read_calibration(plan: Plan) -> Tensor | list[dict[str, Tensor]] | None:
+    """What the run will see: windows of tokens; for encoders with sites batches of sentences; or nothing."""
+    if plan.calibration is None:
+        return None
+    if plan.recipe.of_encoder:
+        return read_sentences(plan.calibration, plan.source.tokenizer(), plan.source.config())
+    return sample_tokens(plan.calibration, plan.source.tokenizer())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """A finished model. outer: tensors of the file beside those of the ``blocks`` blocks on disk; check:
+    reads the file and compares its answer with the run's.
+    """
+
+    plan: Plan
+    rows: list[LayerRow]
+    outer: dict[str, Tensor]
+    check: Callable[[], float]
+    blocks: int = 0
+    resumed: int = 0
+    untied: bool = False
+
+
+def _by_blocks(loop: Loop, tokens: Tensor | None) -> _Made:
+    """The streaming loop; memory is one block."""
+    plan, job = loop.plan, loop.job
+    loop.stream = learned_map(plan, tokens, job, loop.progress)
+    logits = loop.run(tokens)
+    inside = tuple(n + "." for n in loop.blocks.names)
+    names = sorted({s for n, s in loop.mapping.items() if not n.startswith(inside)})
+    available = plan.source.tensors()
+    outer = Rounded(plan.source, plan.source.dtype).read([n for n in names if n in available])
+    return _Made(
+        plan=replace(plan, layers=tuple(loop.done(x) for x in plan.layers)),
+        rows=loop.rows,
+        outer=outer | loop.outer,
+        check=lambda: verify(job.ready, loop.witness, logits, plan.device),
+        blocks=len(loop.blocks),
+        resumed=loop.resumed,
+        untied=bool(loop.untied),
+    )
+
+
+def _whole(plan: Plan, model: nn.Module, mapping: dict[str, str], sentences, job: Job, progress) -> _Made:
+    """An encoder with sites, in memory at once."""
+    encoder = Encoder(plan, model, mapping, progress)
+    encoder.run(sentences or [])
+    check = lambda: encoder.check(job.ready)  # noqa: E731
+    return _Made(plan=plan, rows=encoder.rows, outer=encoder.tensors, check=check)
+
+
+def _key(plan: Plan, seen: Tensor | list[dict[str, Tensor]] | None) -> dict:
     """What makes two runs the same run."""
     import transformers
 
     import fewbit
 
     text = None
-    if tokens is not None:
+    if seen is not None:
+        batches = isinstance(seen, list)
+        tokens = torch.cat([batch["input_ids"].flatten() for batch in seen]) if batches else seen
         text = {
             "text": str(plan.calibration.source or "embedded default"),
             "samples": plan.calibration.samples,
@@ -164,19 +224,16 @@ def _key(plan: Plan, tokens: Tensor | None) -> dict:
     }
 
 
-def _write(plan: Plan, job: Job, loop: Loop, blocks: int) -> None:
+def _write(made: _Made, job: Job) -> None:
     """Shards, config, tokenizer and recipe of the finished checkpoint, under the job's ``ready`` folder."""
-    inside = tuple(n + "." for n in loop.blocks.names)
-    outer_names = sorted({s for n, s in loop.mapping.items() if not n.startswith(inside)})
-    available = plan.source.tensors()
-    outer = Rounded(plan.source, plan.source.dtype).read([n for n in outer_names if n in available])
-    job.assemble(blocks, outer | loop.outer)
+    plan = made.plan
+    job.assemble(made.blocks, made.outer)
     plan.source.companions(job.ready)
     config_file = job.ready / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["dtype"] = str(plan.source.dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)
-    if loop.untied:
+    if made.untied:
         config["tie_word_embeddings"] = False
     config["quantization_config"] = quantization_config(plan)
     write_text(config_file, json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -186,7 +243,8 @@ def _write(plan: Plan, job: Job, loop: Loop, blocks: int) -> None:
 def quantization_config(plan: Plan) -> dict:
     """The ``quantization_config`` of config.json, in the language of the plan's checkpoint format."""
     if plan.checkpoint == "native":
-        return native.quantization_config({x.name: x.entry for x in plan.layers})
+        entries = {x.name: x.entry for x in plan.layers}
+        return native.quantization_config(entries, [site.entry for site in plan.sites])
     return compressed_tensors.quantization_config({x.name: x.format for x in plan.layers}, plan.left)
 
 

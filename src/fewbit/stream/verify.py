@@ -27,7 +27,11 @@ def verify(folder: Path, witness: Tensor, expected: Tensor, device: str) -> floa
 
     Raises ``InputError`` when they differ by more than 1e-3 of the largest logit, or are not finite.
     """
-    got = stream_logits(open_source(folder), witness, device)
+    return compare(folder, stream_logits(open_source(folder), witness, device), expected)
+
+
+def compare(folder: Path, got: Tensor, expected: Tensor) -> float:
+    """The largest difference of two answers, relative to the largest of the ``expected``; raises as above."""
     if not torch.isfinite(got).all():
         raise InputError(f"the checkpoint written to {folder} gives NaN or Inf logits; nothing was published")
     difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
