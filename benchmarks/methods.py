@@ -252,13 +252,19 @@ def one(folder, key, recipe, device, calibration, tokens, protocol, stop: float)
     row = {
         "bits": result.plan.bits_per_weight, "wall_seconds": time.perf_counter() - start,
         "cpu_seconds": usage.ru_utime + usage.ru_stime, "device": device_name(device),
-        "peak_bytes": 1024 * usage.ru_maxrss if device == "cpu" else torch.cuda.max_memory_allocated(),
+        "peak_bytes": largest_size() if device == "cpu" else torch.cuda.max_memory_allocated(),
     }  # fmt: skip
     reference = fewbit.load(folder / "plain", device=device, dtype=torch.float32)
     loaded = fewbit.load(out, device=device, dtype=torch.float32)
     got = fewbit.evaluate(loaded, tokens, protocol, against=reference)
     shutil.rmtree(out)
     return row | {"kl": got.kl, "kl_error": got.kl_error, "top1": got.top1, "perplexity": got.perplexity}
+
+
+def largest_size() -> int:
+    """Bytes this process had resident at its peak. getrusage counts what it was forked from."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["VmHWM"].split()[0])
 
 
 def device_name(device: str) -> str:
