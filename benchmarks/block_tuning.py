@@ -1,4 +1,4 @@
-"""What tuning between groups brings at 2 bits: steps, rates, amount of text.
+"""What tuning between groups brings at 2, 3 and 4 bits: steps, rates, amount of text.
 
     python benchmarks/block_tuning.py [--data FOLDER] [--device cuda] [--model FOLDER_OR_GGUF]
                                       [--workers N] [--only TEXT ...]
@@ -46,6 +46,19 @@ def rows():
     yield "QTIP, L = 12, 400 steps", at(qtip, steps=400), 256
     yield "QuIP#, no tuning", sharp, 256
     yield "QuIP#, 150 steps", at(sharp, steps=150), 256
+    g64 = {"group_size": "64", "symmetric": "false"}
+    others = {
+        "GPTQ, groups of 64": named("gptq", {"bits": "2", **g64}),
+        "GPTVQ, d = 2": named("gptvq", {}),
+        "AQLM 2x8": named("aqlm", {}),
+        "3 bits, QTIP, L = 12": named("qtip", {"bits": "3"}),
+        "3 bits, GPTQ, groups of 64": named("gptq", {"bits": "3", **g64}),
+        "4 bits, QTIP, L = 12": named("qtip", {"bits": "4"}),
+        "4 bits, GPTQ, groups of 64": named("gptq", g64),
+    }
+    for name, recipe in others.items():
+        yield f"{name}, no tuning", recipe, 256
+        yield f"{name}, 150 steps", at(recipe, steps=150), 256
 
 
 def main():

@@ -132,6 +132,7 @@ def rows():
     yield "4 bit", "Quanto qint4", r("quanto", {"weights": "qint4", **G64})
     yield "4 bit", "MoFQ", r("mofq", G64)
     yield "4 bit", "NF4, double quantization", r("nf4", {})
+    yield "4 bit", "NF4, double quantization, MSE range", r("nf4", {"range": "mse"})
     yield "4 bit", "NVFP4", r("rtn", {"format": "nvfp4"})
     yield "4 bit", "MXFP4", r("rtn", {"format": "mxfp4"})
     yield "4 bit", "HQQ", r("hqq", {"bits": "4", **G64})

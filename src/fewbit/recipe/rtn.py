@@ -38,6 +38,9 @@ def fp8(*, group_size: int = -1, scale: str = "bf16") -> Recipe:
     return Recipe(name="fp8", rules=rtn(grid="e4m3fn", group_size=group_size, scale=scale).rules)
 
 
-def nf4(*, group_size: int = 64, scale: str = "double") -> Recipe:
-    """NF4 with double quantization (QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314)."""
-    return Recipe(name="nf4", rules=rtn(grid="nf4", group_size=group_size, scale=scale).rules)
+def nf4(*, group_size: int = 64, scale: str = "double", range: str = "absmax") -> Recipe:
+    """NF4 with double quantization (QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
+
+    range: absmax, the paper's, needs no data; mse searches the step of least error, weighted by diag(H).
+    """
+    return Recipe(name="nf4", rules=rtn(grid="nf4", group_size=group_size, scale=scale, range=range).rules)
