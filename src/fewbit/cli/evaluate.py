@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from fewbit.cli import options
 from fewbit.cli.kv import CHUNK, KV
 from fewbit.cli.options import Checkpoint, Device, Dtype, DtypeName, JoinName, Json, Verbose
+from fewbit.cli.pairs import check_options, compare_pairs
 from fewbit.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ SAMPLE = "The quick brown fox, 1914: f(x) = x**2; naïve Straße, 東京."  # tw
 
 
 def evaluate(
+    ctx: typer.Context,
     model: Checkpoint,
     data: Annotated[
         str,
@@ -56,7 +59,18 @@ def evaluate(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The original; adds KL divergence and top-1 agreement."),
+        typer.Option(
+            metavar="MODEL",
+            help="The original; adds KL divergence and top-1 agreement, or the change of the embeddings.",
+        ),
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="For encoders, instead of a text: sentence pairs with scores, tab-separated with columns "
+            "sentence1, sentence2 and score (STS-B's dev.tsv of GLUE).",
+        ),
     ] = None,
     device: Device = None,
     dtype: Dtype = DtypeName.AUTO,
@@ -66,7 +80,8 @@ def evaluate(
     """Perplexity of a MODEL or CHECKPOINT on a text, and its distance from the original.
 
     KL is the mean over tokens of KL(original || result) in nats; top-1 the share of tokens at which both
-    hold the same one likeliest.
+    hold the same one likeliest. With --pairs: the rank correlation of an encoder's cosines with people's
+    scores.
     """
     options.prepare(verbose)
     from fewbit.cli.kv import cache_of
@@ -81,6 +96,13 @@ def evaluate(
     from fewbit.io.text import Join, read_text
     from fewbit.nn.kvcache import kv_format
 
+    if pairs is not None:
+        check_options(ctx)
+        source, original = open_source(model), None if against is None else open_source(against)
+        if original is not None:
+            _same_tokenizer(source, original)
+        compare_pairs(source, pairs, original, options.device_name(device), options.dtype_of(dtype), as_json)
+        return
     if kv is not None:
         kv_format(kv)  # a wrong name is told before a model is loaded
         chunk = min(CHUNK, window) if chunk is None else chunk

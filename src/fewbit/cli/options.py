@@ -84,12 +84,13 @@ CalibrationText = Annotated[
     str,
     typer.Option(
         "--calibration",
+        "--data",
         metavar="FILE|NAME",
         help="A text file, JSON lines, a hub data set as name:config:split, or embedded (English that ships "
-        "with Python).",
+        "with Python); for mixed-precision and peg-encoder one sentence on every line.",
     ),
 ]
-Samples = Annotated[int, typer.Option(metavar="N", help="Windows of calibration text.")]
+Samples = Annotated[int, typer.Option(metavar="N", help="Windows of calibration text, or sentences.")]
 Seqlen = Annotated[int, typer.Option(metavar="L", help="Tokens in each of them.")]
 Seed = Annotated[
     int, typer.Option(metavar="S", help="Chooses them; the result depends on it and on no other seed.")

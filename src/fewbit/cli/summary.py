@@ -25,6 +25,7 @@ def show_plan(plan: Plan, stream: IO[str]) -> None:
     kinds = Counter((f"{layer.format}{layer.basis_text}", solver(layer)) for layer in plan.layers)
     rows = [("model", plan.source.name), ("recipe", plan.recipe.name)]
     rows += [("layers", f"{n} to {name} by {how}") for (name, how), n in kinds.most_common()]
+    rows += [("activations", text) for text in _sites(plan)]
     rows += [
         ("bits", f"{plan.bits_per_weight:.2f} per quantized weight, scales and zeros counted"),
         ("size", f"{_before(plan)} -> about {size(plan.size_bytes)}"),
@@ -43,6 +44,18 @@ def show_plan(plan: Plan, stream: IO[str]) -> None:
     if plan.unused:
         rows.append(("not used", f"{some(plan.unused)}: in the file, but in no layer of the model; left out"))
     facts(rows, stream)
+
+
+def _sites(plan: Plan) -> list[str]:
+    """Formats of tensors that no linear reads, the fewest first, with their roles."""
+    roles: dict[str, list[str]] = {}
+    for site in plan.sites:
+        roles.setdefault(site.text, []).append(site.place.role)
+    out = []
+    for text, found in sorted(roles.items(), key=lambda pair: len(pair[1])):
+        which = "" if out or len(roles) == 1 else f" ({', '.join(dict.fromkeys(found))})"
+        out.append(f"{len(found)} tensors{which} to {text}")
+    return out
 
 
 def show_layers(plan: Plan, stream: IO[str]) -> None:
@@ -77,6 +90,8 @@ def _calibration(plan: Plan) -> str:
     if plan.calibration is None:
         return "none needed"
     c = plan.calibration
+    if plan.sites:
+        return f"{c.samples} sentences of {c.source}, chosen by seed {c.seed}"
     return f"{c.samples} x {c.seqlen} tokens of {c.source or 'embedded'}, chosen by seed {c.seed}"
 
 
@@ -109,6 +124,10 @@ def show_result(result: Result, model: str, stream: IO[str]) -> None:
     _show_notes(result, stream)
     stream.write("\nNext:\n")
     path = shlex.quote(out)
+    if plan.recipe.of_encoder:
+        stream.write(f"  fewbit eval {path} --pairs sts-dev.tsv --against {shlex.quote(model)}\n")
+        stream.flush()
+        return
     stream.write(f"  fewbit eval {path} --data embedded:eval --against {shlex.quote(model)}\n")
     stream.write(f'  fewbit generate {path} "The capital of France is"\n')
     stream.flush()
@@ -118,8 +137,8 @@ def _verified(difference: float | None) -> str:
     if difference is None:
         return "no: the checkpoint was not read back, as asked"
     if difference == 0:
-        return "read back from disk: its logits equal those of the run"
-    return f"read back from disk: its logits equal those of the run to {difference:.1g} of the largest"
+        return "read back from disk: its answers equal those of the run"
+    return f"read back from disk: its answers equal those of the run to {difference:.1g} of the largest"
 
 
 def _show_notes(result: Result, stream: IO[str]) -> None:

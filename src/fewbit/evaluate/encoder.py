@@ -117,15 +117,16 @@ def embed(model: nn.Module, tokenizer: Any, sentences: list[str] | tuple[str, ..
     if model.training:
         raise InputError(f"{type(model).__name__} is in training mode, where dropout is random: call .eval()")
     unique = sorted(set(sentences), key=lambda s: (len(s), s))
-    parts = []
+    parts, device = [], next(model.parameters()).device
     with torch.no_grad():
         for batch in batches(tokenizer, unique, **cut):
+            batch = {name: part.to(device) for name, part in batch.items()}
             state = getattr(model(**batch), "last_hidden_state", None)
             if state is None:
                 raise InputError(f"{type(model).__name__} gives no last_hidden_state; load it without a head")
             mask = batch["attention_mask"][..., None].to(state)
             parts.append(((state * mask).sum(1) / mask.sum(1)).float())
-    table = nn.functional.normalize(torch.cat(parts), dim=-1)
+    table = nn.functional.normalize(torch.cat(parts).cpu(), dim=-1)
     index = {s: i for i, s in enumerate(unique)}
     return table[torch.tensor([index[s] for s in sentences])]
 

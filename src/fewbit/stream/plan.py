@@ -381,7 +381,8 @@ def _table(model: nn.Module, format: Format, mapping: dict[str, str]) -> Planned
     if tied:
         raise InputError(
             f"the token table {name} of {type(model).__name__} is also {tied[0]} of its head, which stays "
-            "float; quantize the encoder without its head, or leave the table float with --set embedding_bits=none"
+            "float; quantize the encoder without its head, or leave the table float with --set "
+            "embedding_bits=none"
         )
     shape = tuple(table.weight.shape)
     format.check(shape, f"the token table {name}")
