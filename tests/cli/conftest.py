@@ -1,13 +1,16 @@
 """The command line, called in this process through its entry point, on a tiny model."""
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass
 
 import pytest
-from tiny import save_tiny
+from tiny import save_tiny, tiny, tiny_tokenizer
 
 from fewbit.cli import main
+
+LINES = ("the cat sat on the mat", "a dog", "rain is on the way to the town", "he sings", "the", "it is warm")
 
 # The command sets these where they are not set; monkeypatch takes them back.
 LEFT_BEHIND = (
@@ -40,6 +43,22 @@ def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "llama"
     save_tiny("llama", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """A tiny BERT without a head in a folder that no test changes; sentences.txt and pairs.tsv beside it."""
+    from transformers import BertModel
+
+    root, source = tmp_path_factory.mktemp("encoder"), tiny("bert")
+    encoder = BertModel(source.config).eval()  # with a pooler, which the headed one lacks
+    encoder.load_state_dict(source.bert.state_dict(), strict=False)
+    encoder.save_pretrained(root / "bert")
+    tiny_tokenizer().save_pretrained(root / "bert")
+    (root / "sentences.txt").write_text("\n".join(LINES) + "\n")
+    rows = [f"{a}\t{b}\t{i}.5" for i, (a, b) in enumerate(itertools.pairwise(LINES))]
+    (root / "pairs.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *rows]) + "\n")
+    return root / "bert"
 
 
 @pytest.fixture(scope="session")

@@ -26,14 +26,17 @@ def test_recipes(fewbit):
 
 
 @pytest.mark.parametrize("name", [f.__name__.replace("_", "-") for f in RECIPES])
-def test_every_recipe_plans_with_its_defaults_shown_and_prints_as_a_file(fewbit, llama, tmp_path, name):
+def test_every_recipe_plans_with_its_defaults_shown_and_prints_as_a_file(fewbit, llama, bert, tmp_path, name):
     listed = next(e for e in fewbit("recipes", "--json").json["recipes"] if e["name"] == name)["settings"]
+    of_encoder = "embedding_bits" in listed
     shown = {**listed, **({"group_size": 32} if "group_size" in listed else {})}
+    shown |= {"groups": 4} if of_encoder and "groups" in listed else {}
     words = [word for key, value in shown.items() for word in ("--set", f"{key}={value}")]
     ran = fewbit("recipes", name, *words)
     (tmp_path / "mine.yaml").write_text(ran.out)
     assert yaml.safe_load(ran.out) == fewbit("recipes", name, *words, "--json").json
-    calibrated = (llama, *CALIBRATION, "--json")
+    text = ("--data", bert.parent / "sentences.txt") if of_encoder else ()
+    calibrated = (bert if of_encoder else llama, *CALIBRATION, *text, "--json")
     by_name = fewbit("plan", *calibrated, "-r", name, *words).json
     by_file = fewbit("plan", *calibrated, "--recipe-file", "mine.yaml").json
     assert by_name["layers"] == by_file["layers"]

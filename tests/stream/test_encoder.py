@@ -278,7 +278,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(wild, text, tmp_path):
 
     save_tiny("llama", tmp_path / "llama")
     for recipe, said, keys in (
-        (mixed_precision(), "LlamaForCausalLM is not built like BERT", {"model": tmp_path / "llama"}),
+        (mixed_precision(), "LlamaForCausalLM is no encoder built like BERT", {"model": tmp_path / "llama"}),
         (mixed_precision(), "finds its steps on sentences", {"calibration": Calibration()}),
         (
             mixed_precision(),

@@ -95,7 +95,7 @@ def mixed_precision(
     sums = activation(bits) if bits > 8 else activation(bits, range=_fit(range), momentum=momentum)
     rule = SiteRule(roles=_roles(residual), activation=sums)
     rest = _rest(activation_bits, range, momentum)
-    return _recipe("mixed-precision", (rule, rest), weight_bits, embedding_bits, per_row)
+    return _recipe("mixed_precision", (rule, rest), weight_bits, embedding_bits, per_row)
 
 
 def peg_encoder(
@@ -122,7 +122,7 @@ def peg_encoder(
     own = activation(_bits("activation_bits", activation_bits, 4, 8), block=Columns(1), groups=groups)
     rule = SiteRule(roles=_roles(residual), activation=own, sorted_by=Role.H if permute else None)
     rest = _rest(activation_bits, range, momentum)
-    return _recipe("peg-encoder", (rule, rest), weight_bits, embedding_bits, per_row)
+    return _recipe("peg_encoder", (rule, rest), weight_bits, embedding_bits, per_row)
 
 
 def _rest(bits: int, range: str, momentum: float | None) -> SiteRule:

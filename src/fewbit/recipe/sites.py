@@ -107,8 +107,8 @@ def places(model: nn.Module) -> tuple[Place, ...]:
     missing = sorted(wanted - {(p.layer, p.role) for p in out})
     if missing:
         raise InputError(
-            f"{type(model).__name__} is not built like BERT (embeddings.LayerNorm, encoder.layer.0.output."
-            f"LayerNorm and the like): the place of {str(missing[0][1])!r} was not found; give a BERT-like "
+            f"{type(model).__name__} is no encoder built like BERT (embeddings.LayerNorm, encoder.layer.0."
+            f"output.LayerNorm and the like): the place of {str(missing[0][1])!r} was not found; give a BERT-like "
             "encoder, or a recipe of weights and inputs such as w8a8"
         )
     return tuple(out)
