@@ -108,7 +108,7 @@ def places(model: nn.Module) -> tuple[Place, ...]:
     if missing:
         raise InputError(
             f"{type(model).__name__} is no encoder built like BERT (embeddings.LayerNorm, encoder.layer.0."
-            f"output.LayerNorm and the like): the place of {str(missing[0][1])!r} was not found; give a BERT-like "
-            "encoder, or a recipe of weights and inputs such as w8a8"
+            f"output.LayerNorm and the like): the place of {str(missing[0][1])!r} was not found; give a "
+            "BERT-like encoder, or a recipe of weights and inputs such as w8a8"
         )
     return tuple(out)
