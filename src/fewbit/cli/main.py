@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from fewbit.cli import evaluate, explain, formats, generate, memory, plot, quantize, tables
+from fewbit.cli import evaluate, explain, formats, generate, memory, plot, quantize, search, tables
 from fewbit.errors import InputError
 
 UsageError = typer.BadParameter.__base__  # click's own, or that of the copy inside newer typers
@@ -104,6 +104,7 @@ for _name, _command, _example in (
     ("eval", evaluate.evaluate, "fewbit eval out/smollm2-w4a16 --data wiki.txt --against smollm2"),
     ("generate", generate.generate, 'fewbit generate out/smollm2-w4a16 "The capital of France is"'),
     ("memory", memory.memory, "fewbit memory smollm2 --context 8192 --batch 4"),
+    ("search", search.search, "fewbit search smollm2 --bits 3.25 -r higgs --choices 2,3,4 -o recipe.yaml"),
     ("recipes", tables.recipes, "fewbit recipes gptq --set bits=3 > mine.yaml"),
     ("formats", formats.formats, "fewbit formats e4m3fn nf4 mxfp4"),
 ):

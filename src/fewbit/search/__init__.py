@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from fewbit.search.allocate import allocate
-from fewbit.search.errors import Choice, Error, error, gram_matrices, layer_errors
+from fewbit.search.choose import Estimate, Found, Picked, choose
+from fewbit.search.errors import Choice, Error, error, gram_matrices, layer_errors, siblings
 from fewbit.search.linearity import LEVELS, Response, fisher, noise_responses, predict, random_tokens
 
 __all__ = [
-    "LEVELS", "Choice", "Error", "Response", "allocate", "error", "fisher", "gram_matrices", "layer_errors",
-    "noise_responses", "predict", "random_tokens",
+    "LEVELS", "Choice", "Error", "Estimate", "Found", "Picked", "Response", "allocate", "choose", "error",
+    "fisher", "gram_matrices", "layer_errors", "noise_responses", "predict", "random_tokens", "siblings",
 ]  # fmt: skip

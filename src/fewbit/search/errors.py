@@ -13,16 +13,17 @@ HIGGS: https://arxiv.org/abs/2411.17525. Shapes: W, E [out, in]; H [in, in].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fewbit.errors import InputError
 from fewbit.format import Format, Stats
 from fewbit.kernel.gram import add_gram, full
 from fewbit.nn.blocks import weight_of
-from fewbit.search.linearity import Tick, block_linears
+from fewbit.search.linearity import Tick, block_linears, logits_of
 from fewbit.solve import Need, Rtn, Solver
 from fewbit.transform import Incoherence
 
@@ -36,6 +37,28 @@ class Choice:
     format: Format | None
     solver: Solver = Rtn()
     basis: Incoherence | None = None
+
+    def __post_init__(self):
+        if not self.solver.needs <= {Need.GRAM}:
+            raise InputError(
+                f"{type(self.solver).__name__} learns from more than one layer and cannot be tried on each "
+                "alone; choose a recipe that rounds, or feeds errors forward (solver=gptq)"
+            )
+
+    @property
+    def wants_inputs(self) -> bool:
+        """Whether the codes depend on the layer's inputs."""
+        return self.format is not None and (
+            Need.GRAM in self.solver.needs or self.format.range.wants_importance
+        )
+
+    def check(self, shape: tuple[int, int], what: str) -> None:
+        """Raise ``InputError`` where format or basis do not fit ``what`` of ``shape`` [out, in]."""
+        if self.format is not None:
+            self.format.check(shape, what)
+            self.solver.check(self.format)
+        if self.basis is not None:
+            self.basis.check(shape, what)
 
     def bits(self, shape: tuple[int, int], kept: float = 16) -> float:
         """Stored bits of a weight, everything counted; ``kept`` bits per weight where it stays."""
@@ -108,34 +131,51 @@ def layer_errors(
 
 @torch.no_grad()
 def gram_matrices(model: nn.Module, layers: Sequence[str], tokens: Tensor) -> dict[str, Tensor]:
-    """H = X^T X / tokens of the input of each layer, [in, in] float32; layers with one input share it."""
-    modules = block_linears(model)
-    device = next(model.parameters()).device
-    cache = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
-    leaders: dict[str, str] = {}  # layer -> the first that got the same tensor
+    """H = X^T X / tokens of the input of each layer, [in, in] float32; layers with one input share it.
+
+    Layers that ``tokens`` [w, l] never reach are left out.
+    """
+    groups = siblings(model, layers, tokens)
     sums: dict[str, Tensor] = {}
-    last: list[tuple[Tensor, str]] = []
+
+    def see(name: str, x: Tensor) -> None:
+        rows = x.detach().flatten(0, -2)
+        if name not in sums:
+            sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+        add_gram(sums[name], rows)
+
+    for window in tokens:
+        _run(model, [g[0] for g in groups], window, see)
+    whole = {name: full(h) / tokens.numel() for name, h in sums.items()}
+    return {name: whole[g[0]] for g in groups for name in g}
+
+
+@torch.no_grad()
+def siblings(model: nn.Module, layers: Sequence[str], tokens: Tensor) -> list[list[str]]:
+    """The layers that are reached, by the tensor they read (q, k, v; o; gate, up; down), in call order."""
+    seen: list[tuple[Tensor, list[str]]] = []
+
+    def see(name: str, x: Tensor) -> None:
+        for tensor, names in seen[-2:]:  # a held tensor keeps its identity; those before are over
+            if tensor is x:
+                names.append(name)
+                return
+        seen.append((x, [name]))
+
+    _run(model, layers, tokens[0, :8], see)
+    return [names for _, names in seen]
+
+
+def _run(model: nn.Module, layers: Sequence[str], window: Tensor, see: Callable[[str, Tensor], None]) -> None:
+    """One forward of a window [l]; ``see(name, x)`` gets the input of each layer."""
+    modules = block_linears(model)
 
     def hook(name: str):
-        def add(module, args, kwargs):
-            x = args[0] if args else next(iter(kwargs.values()))
-            if last and last[0][0] is x:
-                leaders[name] = last[0][1]
-                return
-            last[:] = [(x, name)]
-            leaders[name] = name
-            rows = x.detach().flatten(0, -2)
-            add_gram(sums.setdefault(name, torch.zeros(2 * (rows.shape[1],), device=device)), rows)
-
-        return add
+        return lambda module, args, kwargs: see(name, args[0] if args else next(iter(kwargs.values())))
 
     handles = [modules[n].register_forward_pre_hook(hook(n), with_kwargs=True) for n in layers]
     try:
-        for window in tokens:
-            model(input_ids=window[None].to(device), **cache)
+        logits_of(model, window[None])
     finally:
-        last.clear()
         for handle in handles:
             handle.remove()
-    whole = {name: full(h) / tokens.numel() for name, h in sums.items()}
-    return {name: whole[leaders[name]] for name in layers if name in leaders}

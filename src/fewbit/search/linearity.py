@@ -138,7 +138,7 @@ def fisher(
             weight.requires_grad_(True)
         for i, window in enumerate(tokens):
             with torch.enable_grad():
-                logits = _logits(model, window[None])[0]
+                logits = logits_of(model, window[None])[0]
                 drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 loss = functional.cross_entropy(logits, drawn, reduction="sum")
                 grads = torch.autograd.grad(loss, weights)
@@ -170,17 +170,17 @@ class Judge:
         if model.training:
             raise InputError(f"{type(model).__name__} is in training mode: call model.eval()")
         self.model, self.tokens = model, tokens
-        first = _logits(model, tokens[:1])
+        first = logits_of(model, tokens[:1])
         self.parts = tokens.split(max(1, _LOGITS // first.numel()))
         with torch.no_grad():
-            self.float = [_logits(model, part).log_softmax(-1) for part in self.parts]
+            self.float = [logits_of(model, part).log_softmax(-1) for part in self.parts]
 
     @torch.no_grad()
     def kl(self) -> float:
         """The divergence now."""
         total = 0.0
         for part, p in zip(self.parts, self.float, strict=True):
-            q = _logits(self.model, part).log_softmax(-1)
+            q = logits_of(self.model, part).log_softmax(-1)
             total += float(functional.kl_div(q, p, reduction="sum", log_target=True).double())
         return total / self.tokens.numel()
 
@@ -196,7 +196,7 @@ def replaced(weight: nn.Parameter, value: Tensor) -> Iterable[None]:
         weight.data = before
 
 
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """Float32 logits [w, l, v]."""
     device = next(model.parameters()).device
     cache = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
