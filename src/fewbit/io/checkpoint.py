@@ -22,7 +22,8 @@ from fewbit.format.format import Format, Params
 from fewbit.format.qtensor import QTensor
 from fewbit.format.split import SplitTensor
 from fewbit.io import compressed_tensors, inputs, native
-from fewbit.io.native import Entry, SiteEntry
+from fewbit.io.native import Entry
+from fewbit.io.sites import SiteEntry
 from fewbit.io.source import SafetensorsSource, TensorInfo
 from fewbit.nn.sites import Quantizer
 

@@ -22,7 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fewbit.errors import InputError
 from fewbit.format.format import Params
 from fewbit.io import inputs, native
-from fewbit.io.native import QUANT_METHOD, Entry, SiteEntry
+from fewbit.io.native import QUANT_METHOD, Entry
+from fewbit.io.sites import SiteEntry
 from fewbit.nn.embedding import QEmbedding
 from fewbit.nn.linear import QLinear
 from fewbit.nn.sites import Quantizer, place

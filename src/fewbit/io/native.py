@@ -12,11 +12,7 @@ and config.json says once which Formats there are and which module has which:
     "quantization_config": {"quant_method": "fewbit", "version": 1, "formats": [{"type": "Format", ...}],
                             "modules": {"model.layers.0.mlp.up_proj": {"format": 0, "shape": [1536, 576]}}}
 
-Quantizers of tensors that no linear reads (outputs, sums: ``fewbit.nn.sites``) have ``X.output_site.scale``
-and ``X.output_site.zero`` (or ``input_site``) in the file, and in the configuration
-
-    "activations": [{"type": "Activation", ...}],
-    "sites": [{"module": "encoder.layer.0.output.LayerNorm", "at": "input", "activation": 0, "columns": 384}]
+Quantizers of an encoder's sums and outputs are told of beside them: ``fewbit.io.sites``.
 
 The shape is [out, in]; ``"transposed": true`` marks a module whose original weight is stored [in, out]
 (GPT-2's Conv1D); ``"activation"`` is how its input is quantized (a static one's steps:
@@ -45,8 +41,7 @@ from fewbit.format.format import Format, Zero
 from fewbit.format.qtensor import QTensor
 from fewbit.format.split import Apart, SplitTensor
 from fewbit.grid.grid import Grid
-from fewbit.io import inputs
-from fewbit.nn.sites import At, Site
+from fewbit.io.sites import SiteEntry, from_config, to_config
 from fewbit.transform import Hadamard, Kronecker, Map
 
 CLASSES = (*FORMAT_CLASSES, Apart, Hadamard, Kronecker)  # what a configuration may name
@@ -81,25 +76,6 @@ class Entry:
         """Stored bits per weight, columns kept apart counted."""
         bits = 0 if self.apart is None else self.apart.bits(self.shape[0])
         return self.format.bits_per_weight(self.shape) + bits / math.prod(self.shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteEntry:
-    """What the configuration says of a quantized tensor that no linear reads: its columns, its Activation."""
-
-    site: Site
-    activation: Activation
-    columns: int
-
-    @property
-    def name(self) -> str:
-        """Where its steps are stored."""
-        return f"{self.site.module}.{self.site.child}"
-
-    def layout(self) -> dict[str, tuple[Shape, torch.dtype]]:
-        """Name of every stored tensor (scale, zero) -> shape and dtype."""
-        stored = inputs.layout(self.activation, self.columns)
-        return {name.removeprefix("input_"): kind for name, kind in stored.items()}
 
 
 # -- tensors --
@@ -244,19 +220,7 @@ def quantization_config(entries: Mapping[str, Entry], sites: Sequence[SiteEntry]
                 modules[name][key] = to_plain(getattr(entry, key))
     plain = [to_plain(f) for f in formats]
     out = {"quant_method": QUANT_METHOD, "version": VERSION, "formats": plain, "modules": modules}
-    if sites:
-        kinds = list(dict.fromkeys(s.activation for s in sites))
-        out["activations"] = [to_plain(a) for a in kinds]
-        out["sites"] = [
-            {
-                "module": s.site.module,
-                "at": str(s.site.at),
-                "activation": kinds.index(s.activation),
-                "columns": s.columns,
-            }
-            for s in sites
-        ]
-    return out
+    return out | to_config(sites)
 
 
 def entries_from_config(config: Mapping) -> dict[str, Entry]:
@@ -287,16 +251,10 @@ def entries_from_config(config: Mapping) -> dict[str, Entry]:
 def sites_from_config(config: Mapping) -> tuple[SiteEntry, ...]:
     """The sites of a ``quantization_config``; raises ``InputError`` for broken ones."""
     try:
-        kinds = [from_plain(a, CLASSES) for a in config.get("activations", ())]
-        return tuple(
-            SiteEntry(
-                site=Site(s["module"], At(s["at"])), activation=kinds[s["activation"]], columns=s["columns"]
-            )
-            for s in config.get("sites", ())
-        )
+        return from_config(config)
+    except InputError:
+        raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise _broken(error) from None
 
 

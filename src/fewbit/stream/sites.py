@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fewbit.errors import InputError
 from fewbit.evaluate.encoder import batches
-from fewbit.io.native import SiteEntry
+from fewbit.io.sites import SiteEntry
 from fewbit.io.text import EMBEDDED, HELD_OUT, read_text
 from fewbit.nn.sites import At, Quantizer, Site, check_groups, fit, observe
 from fewbit.recipe import Recipe
