@@ -1,7 +1,8 @@
 """Quantizers of tensors that no linear reads, in a native checkpoint: an encoder's sums, norms and outputs.
 
 The steps of a site (``fewbit.nn.sites``) are ``X.output_site.scale`` and ``X.output_site.zero`` in the file,
-or ``X.input_site...``, in their own dtypes; a step for the whole tensor is written as [1]. The configuration has
+or ``X.input_site...``, in their own dtypes; a step for the whole tensor is written as [1]. The configuration
+has
 
     "activations": [{"type": "Activation", ...}],
     "sites": [{"module": "encoder.layer.0.output.LayerNorm", "at": "input", "activation": 0, "columns": 384}]
