@@ -69,7 +69,7 @@ def checkpoint(llama, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["fewbit", *words, "-o", str(out)])
         with pytest.raises(SystemExit):
-            main.run()
+            main.app()
     return out
 
 
@@ -85,7 +85,7 @@ def fewbit(monkeypatch, capsys, tmp_path):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["fewbit", *(str(word) for word in words)])
         with pytest.raises(SystemExit) as left:
-            main.run()
+            main.app()
         said = capsys.readouterr()
         return Ran(left.value.code or 0, said.out, said.err)
 

@@ -26,12 +26,25 @@ def test_help_ends_with_an_example_of_the_command(fewbit, command):
 def test_help_and_version_import_nothing_heavy():
     script = (
         "import sys; from fewbit.cli import main; sys.argv = ['fewbit', '--help']\n"
-        "try: main.run()\n"
+        "try: main.app()\n"
         "except SystemExit: print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "[]"
     assert all(f" {command.split()[0]} " in ran.stdout for command in COMMANDS)
+
+
+def test_leaving_at_once_loses_nothing():
+    """Output in a pipe, exit functions and codes are those of a program that leaves in Python's own way."""
+    script = (
+        "import atexit, sys; from fewbit.cli.main import run; atexit.register(print, 'left', flush=True); "
+        "sys.argv[1:] = sys.argv[1].split(); run()"
+    )
+    for words, code, end in (("--version", 0, "left\n"), ("quantize nothing -r nothing -o out", 2, "left\n")):
+        ran = subprocess.run([sys.executable, "-c", script, words], capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout[-5:]) == (code, end)
+        assert ("fewbit 0" in ran.stdout) == (code == 0)
+        assert bool(ran.stderr) == (code == 2)
 
 
 def test_version(fewbit):

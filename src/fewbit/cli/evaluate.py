@@ -118,6 +118,7 @@ def evaluate(
     options.note(f"loading {model}" + (f" and {against}" if against else ""))
     subject = load(model, where, kind)
     judge = None if against is None else load(against, where, kind)
+    options.imported()
     cache = None if kv is None else cache_of(kv, subject, source.tokenizer())
     found = run(subject, tokens, protocol, against=judge, progress=Windows(), data=text.name, cache=cache)
     report = found.as_dict() | {

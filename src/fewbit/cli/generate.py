@@ -53,6 +53,7 @@ def generate(
     tokenizer = open_source(checkpoint).tokenizer()
     ids = _prompt_ids(tokenizer, prompt, chat, checkpoint)
     model = load(checkpoint, where, options.dtype_of(dtype))
+    options.imported()
     _check(model, checkpoint, len(ids), max_new_tokens)
     cache = None if kv is None else cache_of(kv, model, tokenizer)()
     given = torch.tensor([ids], device=where)

@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import sys
+import threading
 from typing import Annotated
 
 import typer
@@ -114,8 +116,22 @@ app.add_typer(plot.app, name="plot")
 
 
 def run() -> None:
-    """What the ``fewbit`` command calls."""
-    app()
+    """What the ``fewbit`` command calls.
+
+    It leaves as soon as all is written: Python would spend a second of work on taking down, object by object,
+    the three thousand modules of torch and transformers. Exit functions run; where another thread still
+    works, or on an error, Python leaves in its own way.
+    """
+    try:
+        app()
+    except SystemExit as leaving:
+        others = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
+        if others or not isinstance(leaving.code, int | None):
+            raise
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(leaving.code or 0)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from fewbit.cli.options import note
+from fewbit.cli.options import imported, note
 from fewbit.cli.show import console, duration, percent
 from fewbit.cli.summary import show_plan
 from fewbit.stream.plan import Plan
@@ -56,6 +56,7 @@ class Lines(Progress):
 
     def start(self, plan: Plan) -> None:
         """The plan, then the clock."""
+        imported()
         show_plan(plan, sys.stderr)
         self.remaining.start(plan.seconds)
 

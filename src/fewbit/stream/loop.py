@@ -46,6 +46,7 @@ from fewbit.stream.fold import Notes, fold_maps
 from fewbit.stream.inputs import Inputs
 from fewbit.stream.job import Job
 from fewbit.stream.let import tune_layers
+from fewbit.stream.memory import Heap
 from fewbit.stream.plan import Plan, PlannedLayer, codec
 from fewbit.stream.progress import LayerRow, Progress
 from fewbit.stream.rotate import online_map, outer_tensors, rotate_block, rotate_ends, round_to
@@ -75,6 +76,7 @@ class Loop:
     stream: Map | None = None  # the rotation of the residual stream; set before where it was learned
     float_outputs: list[Tensor] = field(default_factory=list)  # of the float model at this block, for tuning
     untied: tuple[str, ...] = ()  # parameters that are stored for the first time
+    heap: Heap = field(default_factory=Heap)
     outer: dict[str, Tensor] = field(default_factory=dict)  # rotated tensors outside the blocks, as stored
 
     @torch.no_grad()
@@ -196,7 +198,7 @@ class Loop:
             rows.sort(key=lambda r: r.layer)
             self.job.store(i, tensors, rows)
             self.rows += rows
-        self.plan.source.release()
+        self.heap.settle(self.plan.source)
         self.progress.block(i + 1, len(self.blocks), finished)
 
     @property

@@ -24,7 +24,7 @@ from fewbit.stream.data import Calibration, sample_tokens, token_hash
 from fewbit.stream.encoder import Encoder
 from fewbit.stream.job import MANIFEST, RECIPE, Job, depth_of_interrupted, write_text
 from fewbit.stream.loop import Loop
-from fewbit.stream.memory import return_freed_arrays
+from fewbit.stream.memory import keep_freed_arrays
 from fewbit.stream.plan import Plan, make_plan
 from fewbit.stream.progress import LayerRow, Progress
 from fewbit.stream.rotate import learned_map
@@ -86,7 +86,7 @@ def quantize(
     ``read_back``, verified: the checkpoint is read from disk and must give the logits of the run.
     """
     start = time.perf_counter()
-    return_freed_arrays()
+    keep_freed_arrays()
     progress = progress or Progress()
     output = Path(output)
     source = open_source(model)

@@ -18,6 +18,7 @@ from fewbit.io.skeleton import build_skeleton, dematerialize, materialize, param
 from fewbit.io.source import Source, open_source
 from fewbit.nn.linear import see_quantized
 from fewbit.stream.blocks import find_blocks
+from fewbit.stream.memory import Heap
 from fewbit.stream.suspend import Flow, advance, wait
 
 
@@ -73,6 +74,7 @@ def stream_logits(source: Source, tokens: Tensor, device: str = "cpu") -> Tensor
     outside = [n for n in mapping if not n.startswith(inside)]
     materialize(model, outside, source, mapping, device, dtype)
     handles = [b.register_forward_pre_hook(wait, with_kwargs=True) for b in blocks.modules]
+    heap = Heap()
     flow = Flow(lambda: model(tokens.to(device), use_cache=False)[0])
     try:
         for i, block in enumerate(blocks.modules):
@@ -82,7 +84,7 @@ def stream_logits(source: Source, tokens: Tensor, device: str = "cpu") -> Tensor
             names = [n for n in mapping if n.startswith(blocks.names[i] + ".")]
             materialize(model, names, source, mapping, device, dtype)
             _quantize_inputs(model, names, source, mapping, device)
-            source.release()
+            heap.settle(source)
         flow.resume()
     finally:
         for handle in handles:
