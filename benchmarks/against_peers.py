@@ -10,6 +10,7 @@ and apart from these, as it wants an older transformers,
 
 Both sides quantize the same float32 folder of SmolLM2 to the same setting and save it, A B A B, in whole
 processes of one thread: user + system CPU seconds and peak resident set as the operating system counts them.
+fewbit's modules are compiled to bytecode before, as an installer does with those of the peers.
 "Without imports" takes off what a process costs that imports the modules a run had loaded by its end, and
 does nothing else. fewbit's side contains reading the checkpoint back and comparing its logits with those of
 the run, which no peer does; rows "not read back" leave it out (`--part time`).
@@ -25,6 +26,7 @@ and the results: an interrupted run goes on.
 """
 
 import argparse
+import compileall
 import json
 import shutil
 import statistics
@@ -134,7 +136,8 @@ def main():
 
 
 def prepare(work: Path, data: Path) -> None:
-    """The model, calibration and test windows, and the float model's logits."""
+    """fewbit's bytecode, the model, calibration and test windows, and the float model's logits."""
+    compileall.compile_dir(Path(fewbit.__file__).parent, quiet=1)
     if (work / "float.npy").exists():
         return
     work.mkdir(parents=True, exist_ok=True)

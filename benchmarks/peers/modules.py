@@ -28,6 +28,8 @@ if __name__ == "__main__":
     else:
         with open(path) as f:
             names = json.load(f)
+        if "fewbit.cli.options" in names:  # as its commands begin
+            importlib.import_module("fewbit.cli.options").prepare(False)
         for name in names:
             with contextlib.suppress(Exception):  # made at run time, or meant for a place within another
                 importlib.import_module(name)
