@@ -80,10 +80,10 @@ class Checkpoint(SafetensorsSource):
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean stored bits of the quantized weights: codes, scales and zeros over elements."""
+        """Mean stored bits of the quantized weights: codes, scales, zeros and steps of sites over elements."""
         n = {module: math.prod(entry.shape) for module, entry in self.entries.items()}
         bits = sum(n[m] * e.bits_per_weight for m, e in self.entries.items())
-        return bits / sum(n.values())
+        return (bits + 8 * sum(s.nbytes for s in self.sites)) / sum(n.values())
 
     def read_qtensor(self, module: str) -> QTensor | SplitTensor:
         """The quantized weight [out, in] of ``module``, on the CPU. KeyError where there is none."""

@@ -10,6 +10,7 @@ has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,11 @@ class SiteEntry:
     def name(self) -> str:
         """Where its steps are stored."""
         return f"{self.site.module}.{self.site.child}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its steps in the file."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.layout().values())
 
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name of every stored tensor (scale, zero) -> shape and dtype."""

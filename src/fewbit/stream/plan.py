@@ -135,9 +135,10 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean stored bits over the weights that are quantized."""
+        """Mean stored bits over the weights that are quantized; steps of an encoder's activations counted."""
         n = sum(math.prod(layer.shape) for layer in self.layers)
-        return sum(layer.bits_per_weight * math.prod(layer.shape) for layer in self.layers) / n
+        bits = sum(layer.bits_per_weight * math.prod(layer.shape) for layer in self.layers)
+        return (bits + 8 * sum(s.entry.nbytes for s in self.sites)) / n
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -166,7 +167,7 @@ class Plan:
                     "role": str(s.place.role),
                     "format": s.text,
                     "columns": s.columns,
-                    "size_bytes": s.nbytes,
+                    "size_bytes": s.entry.nbytes,
                 }
                 for s in self.sites
             ],
@@ -228,7 +229,7 @@ def make_plan(
     stored = set(mapping.values())
     rest = sum(math.prod(info[n].shape) * item for n in stored if n in info and n not in quantized)
     codes = sum(layer.bits_per_weight * math.prod(layer.shape) / 8 for layer in layers)
-    size = math.ceil(codes + rest) + sum(s.nbytes for s in sites)
+    size = math.ceil(codes + rest) + sum(s.entry.nbytes for s in sites)
     if output is not None:
         check_disk(output, size)
     item_run = 4 if device == "cpu" else source.dtype.itemsize  # the loop computes in float32 on a CPU

@@ -7,7 +7,6 @@ its own special tokens, and padding is left out. Weights are rounded by then, ac
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,11 +42,6 @@ class PlannedSite:
     def entry(self) -> SiteEntry:
         """What a native checkpoint says of it."""
         return SiteEntry(site=self.place.site, activation=self.rule.activation, columns=self.columns)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its steps in the file."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.entry.layout().values())
 
     @property
     def text(self) -> str:
