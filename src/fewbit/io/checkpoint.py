@@ -80,7 +80,7 @@ class Checkpoint(SafetensorsSource):
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean stored bits of the quantized weights: codes, scales, zeros and steps of sites over elements."""
+        """Mean stored bits of the quantized weights: codes, scales, zeros and steps of sites."""
         n = {module: math.prod(entry.shape) for module, entry in self.entries.items()}
         bits = sum(n[m] * e.bits_per_weight for m, e in self.entries.items())
         return (bits + 8 * sum(s.nbytes for s in self.sites)) / sum(n.values())
