@@ -13,6 +13,7 @@ from fewbit.format.activation import Activation
 from fewbit.format.block import Columns
 from fewbit.format.split import Split
 from fewbit.grid import Int, by_name
+from fewbit.io.inputs import bits as stored_bits
 from fewbit.nn.blocks import weight_of
 from fewbit.nn.linear import QLinear
 from fewbit.recipe import Recipe, Rule, from_yaml
@@ -103,7 +104,8 @@ def test_columns_kept_in_float_are_the_same_in_the_run_on_disk_in_transformers_a
             original = weight_of(plain.get_submodule(name))[:, layer.apart_columns]
             assert torch.equal(layer.apart, original.bfloat16())
             assert f"{rows[name].apart} columns apart in float" in repr(layer)
-            assert rows[name].bits_per_weight == pytest.approx(layer.qweight.bits_per_weight)
+            own = stored_bits(layer.activation, layer.in_features) / layer.qweight.shape.numel()
+            assert rows[name].bits_per_weight == pytest.approx(layer.qweight.bits_per_weight + own)
     assert kept
     stored = fewbit.io.source.open_source(tmp_path / "out")
     assert stored.bits_per_weight == pytest.approx(result.plan.bits_per_weight)

@@ -10,15 +10,15 @@ bfloat16. A scale of no dimensions is written as [1].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from fewbit.format.activation import Activation
+from fewbit.format.affine import NATIVE
 from fewbit.format.format import Params, Zero
-
-_NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def layout(activation: Activation | None, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -29,10 +29,16 @@ def layout(activation: Activation | None, columns: int) -> dict[str, tuple[tuple
         return {}
     fmt = activation.format
     shape = fmt.block.scale_shape((1, columns)) or (1,)
-    out = {"input_scale": (shape, _NATIVE[fmt.scale.grid.name])}
+    out = {"input_scale": (shape, NATIVE[fmt.scale.grid.name])}
     if fmt.zero is not Zero.NONE:
         out["input_zero"] = (shape, fmt.grid.code_dtype if fmt.zero is Zero.INTEGER else fmt.zero_dtype)
     return out
+
+
+def bits(activation: Activation | None, columns: int) -> int:
+    """Stored bits of an input of ``columns``."""
+    stored = layout(activation, columns).values()
+    return sum(8 * dtype.itemsize * math.prod(shape) for shape, dtype in stored)
 
 
 def to_dict(module: str, params: Params | None) -> dict[str, Tensor]:

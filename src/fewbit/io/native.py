@@ -41,6 +41,7 @@ from fewbit.format.format import Format, Zero
 from fewbit.format.qtensor import QTensor
 from fewbit.format.split import Apart, SplitTensor
 from fewbit.grid.grid import Grid
+from fewbit.io import inputs
 from fewbit.io.sites import SiteEntry, from_config, to_config
 from fewbit.transform import Hadamard, Kronecker, Map
 
@@ -73,8 +74,9 @@ class Entry:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight, columns kept apart counted."""
-        bits = 0 if self.apart is None else self.apart.bits(self.shape[0])
+        """Stored bits per weight; columns kept apart, and static steps or means of the input, counted."""
+        bits = inputs.bits(self.activation, self.shape[1])
+        bits += 0 if self.apart is None else self.apart.bits(self.shape[0])
         return self.format.bits_per_weight(self.shape) + bits / math.prod(self.shape)
 
 

@@ -1,17 +1,15 @@
-"""What a run will take: memory, time and disk, before it starts."""
+"""What a run will take, before it starts: memory and disk. Its time is in ``timing``."""
 
 from __future__ import annotations
 
 import math
 import os
 import shutil
-import time
 from pathlib import Path
 
 import torch
 
 from fewbit.errors import InputError
-from fewbit.solve import Need
 from fewbit.stream.sites import BATCH
 
 SENTENCE = 32  # tokens of a usual one
@@ -109,30 +107,3 @@ def available(device: str) -> int:
         return kb["MemAvailable"] * 1024 + _resident()
     except (OSError, KeyError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def seconds(blocks, layers, calibration, device, tuning=None, whole=False) -> float:
-    """Predicted wall time from the arithmetic and a 30 ms measurement of this device's matrix product.
-
-    whole: an encoder that runs sentences.
-    """
-    weights = sum(math.prod(layer.shape) for layer in layers)
-    flops = 0.0
-    if calibration:
-        tokens = calibration.samples * (min(calibration.seqlen, SENTENCE) if whole else calibration.seqlen)
-        flops += 2 * tokens * weights
-        flops += sum(
-            tokens * w * w for b in range(len(blocks)) for w in {x.shape[1] for x in layers if x.block == b}
-        )
-    if tuning is not None:  # forward and backward of a block after each of about four groups
-        looks = tuning.looks * tuning.held * calibration.samples / (3 * tuning.batch)
-        flops += 4 * (tuning.steps + looks) * 6 * tuning.batch * calibration.seqlen * weights
-    a = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)).to(device)
-    start, runs = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.03:
-        (a @ a)[0, 0].item()
-        runs += 1
-    rate = runs * 2 * 512**3 / (time.perf_counter() - start)
-    solving = sum(layer.shape[1] * 60e-6 for layer in layers if Need.GRAM in layer.rule.solver.needs)
-    fitting = sum(math.prod(x.shape) * getattr(x.format.range, "steps", 1) * 4e-9 for x in layers)
-    return 1.3 * flops / rate + solving + fitting + weights * 2e-8 + 3

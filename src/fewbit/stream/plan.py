@@ -20,7 +20,7 @@ from fewbit.errors import InputError
 from fewbit.format import Format
 from fewbit.format.activation import Activation
 from fewbit.format.split import Apart
-from fewbit.io import compressed_tensors, native
+from fewbit.io import compressed_tensors, inputs, native
 from fewbit.io.skeleton import build_skeleton, parameter_map
 from fewbit.io.source import Source
 from fewbit.recipe import Recipe
@@ -29,9 +29,10 @@ from fewbit.solve import Need
 from fewbit.solve.blocktune import BlockTuning
 from fewbit.stream.blocks import Blocks, find_blocks, is_transposed, linears, weight_of
 from fewbit.stream.data import Calibration
-from fewbit.stream.estimate import check_disk, memory, memory_whole, seconds
+from fewbit.stream.estimate import check_disk, memory, memory_whole
 from fewbit.stream.learning import learning, learns
 from fewbit.stream.sites import PlannedSite, check_sentences, plan_sites, wants_sentences
+from fewbit.stream.timing import seconds
 from fewbit.transform import Map
 
 
@@ -94,9 +95,15 @@ class PlannedLayer:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight; of several choices the most. Columns apart count once they are known."""
-        apart = 0 if self.apart is None else self.apart.bits(self.shape[0]) / math.prod(self.shape)
-        return apart + max(weight.bits_per_weight(self.shape) for weight, _ in self.rule.choices)
+        """Stored bits per weight, with the static steps or the means of its input; of several choices the
+        most. Columns apart count once they are known.
+        """
+        rows, columns = self.shape
+        beside = 0 if self.apart is None else self.apart.bits(rows)
+        return max(
+            weight.bits_per_weight(self.shape) + (beside + inputs.bits(own, columns)) / (rows * columns)
+            for weight, own in self.rule.choices
+        )
 
     @property
     def entry(self) -> native.Entry:
@@ -256,7 +263,7 @@ def make_plan(
         source_bytes=sum(info[n].nbytes for n in stored if n in info),
         depth=chosen,
         peak_bytes=peak,
-        seconds=seconds(blocks, layers, used, device, recipe.tuning, chosen == "whole"),
+        seconds=seconds(model, layers, recipe, used, device, chosen),
         device=device,
         sites=sites,
     )
