@@ -117,6 +117,7 @@ class Loop:
                     continue
                 for flow in flows:  # only the witness goes on to the logits
                     flow.abandon()
+                plan.source.release()
                 materialize(self.model, large, self.stored, self.mapping, device, self.dtype)
                 if guide.resume() is not None:
                     raise InputError(

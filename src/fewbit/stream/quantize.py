@@ -118,8 +118,10 @@ def quantize(
             loop = Loop(plan=plan, model=skeleton, blocks=blocks, mapping=mapping, job=job, progress=progress)
             made = _by_blocks(loop, seen)
         plan = made.plan
+        source.release()
         progress.phase("writing the checkpoint")
         _write(made, job)
+        source.release()
         difference = None
         if read_back:
             progress.phase("reading it back")
