@@ -156,14 +156,15 @@ def watch_run() -> Lines:
 
 
 class Windows:
-    """Progress of an evaluation: called with (windows done, windows in all)."""
+    """Progress of an evaluation: called with (windows done, windows in all); ``what`` else is counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "window") -> None:
+        self._what = what
         self._start = time.perf_counter()
 
     def __call__(self, done: int, total: int) -> None:
         left = (time.perf_counter() - self._start) / done * (total - done)
-        line = f"window {done}/{total}" + (f", about {duration(left)} left" if done < total else "")
+        line = f"{self._what} {done}/{total}" + (f", about {duration(left)} left" if done < total else "")
         if sys.stderr.isatty():
             print(f"\r\033[K{line}", end="" if done < total else "\r\033[K", file=sys.stderr, flush=True)
         elif done == total or done % max(1, total // 10) == 0:

@@ -97,9 +97,9 @@ def search(
     subject = load(model, where, torch.float32)
     own = {name: [_choice(r, name) for r in recipes.values()] for name in block_linears(subject)}
 
-    def phase(text: str) -> Windows:
+    def phase(text: str, counted: str) -> Windows:
         options.note(text)
-        return Windows()
+        return Windows(counted)
 
     found = choose(
         subject, own, tokens, bits, estimate=Estimate(coefficients.value), together=together,

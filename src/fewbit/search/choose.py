@@ -78,13 +78,13 @@ def choose(
     together: bool = False,
     kept: float = 16,
     seed: int = 0,
-    phase: Callable[[str], Tick | None] = lambda _: None,
+    phase: Callable[[str, str], Tick | None] = lambda *_: None,
 ) -> Found:
     """The best choice of each layer named in ``choices``, at ``bits`` per weight on average or fewer.
 
     model: float, in evaluation mode; tokens [w, l]: the text that says what matters; together: layers that
     read one tensor (q, k, v; gate, up) choose alike; kept: bits of a weight that stays; phase: told what
-    begins, gives what to call with (done, total). Every layer has equally many choices.
+    begins and what is counted, gives what to call with (done, total). Every layer has equally many choices.
 
     Raises ``InputError`` for formats that do not fit a layer and a budget that cannot be met.
     """
@@ -104,15 +104,17 @@ def choose(
         )
     groups = [[list(choices).index(n) for n in g] for g in siblings(model, list(choices), tokens)]
     if estimate is Estimate.FISHER:
-        a = fisher(model, tokens, seed=seed, progress=phase("what each layer matters, by gradients"))
+        a = fisher(
+            model, tokens, seed=seed, progress=phase("how much each layer matters, by gradients", "window")
+        )
     else:
-        tick = phase("what each layer matters, by noise")
+        tick = phase("how much each layer matters, by noise", "layer")
         said = noise_responses(
             model, tokens, layers=list(choices), levels=NOISE_LEVELS, seed=seed, progress=tick
         )
         a = {r.layer: r.coefficient for r in said}
     seen = tokens if any(c.wants_inputs for own in choices.values() for c in own) else None
-    errors = layer_errors(model, choices, seen, phase("what each choice does to each layer"))
+    errors = layer_errors(model, choices, seen, phase("what each choice does to each layer", "layer"))
     losses = np.array([[a[n] * e.best for e in errors[n]] for n in choices])
     index = allocate(costs, losses, bits * weights, groups if together else ())
     return Found(
