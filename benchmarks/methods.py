@@ -98,8 +98,7 @@ def table_rows():
     yield "3 bit", "GPTVQ, d = 2", named("gptvq", {"bits": "3"})
     yield "2 bit", "AQLM 2x8", named("aqlm", {})
     yield "2 bit", "AQLM 2x8, spread", named("aqlm", own)
-    yield "2 bit", "AQLM 2x8, tuned", named("aqlm", {"tune": "150"})
-    yield "2 bit", "AQLM 2x8, spread, tuned", named("aqlm", {"tune": "150", **own})
+    yield "2 bit", "AQLM 2x8, spread, 15 steps", named("aqlm", {"tune": "15", **own})
 
 
 def rows():
