@@ -18,7 +18,9 @@ TIERS = [
     {"transform", "solve", "nn"},
     {"io", "train"},
     {"recipe", "seams", "search", "analyze", "evaluate"},
+    {"report"},  # HTML of what the tiers below have found; needs none of them but errors
     {"stream"},
+    {"inspect", "compare"},
     {"cli"},
 ]
 RANK = {folder: i for i, tier in enumerate(TIERS) for folder in tier}
