@@ -248,8 +248,9 @@ def is_tuned(layer: PlannedLayer) -> bool:
 
 
 def _together(group: list[PlannedLayer]) -> list[list[PlannedLayer]]:
-    """Layers with one input and equal rules; each alone where it has a choice of its own."""
+    """Layers with one input and rules that do alike; each alone where it has a choice of its own."""
     alike: dict[object, list[PlannedLayer]] = {}
     for layer in group:
-        alike.setdefault(layer.module if layer.rule.alternatives else layer.rule, []).append(layer)
+        does = replace(layer.rule, match="*")  # a searched recipe names each layer in a rule of its own
+        alike.setdefault(layer.module if layer.rule.alternatives else does, []).append(layer)
     return list(alike.values())
