@@ -21,7 +21,7 @@ from fewbit.errors import InputError
 from fewbit.report.table import Column, table
 
 WIDTH, HEIGHT = 640.0, 360.0
-LEFT, RIGHT, TOP, BOTTOM = 66.0, 18.0, 14.0, 52.0
+LEFT, RIGHT, TOP, BOTTOM = 80.0, 18.0, 14.0, 52.0
 COLOURS = 6
 MOST_LISTED = 400  # points whose figures are repeated in a table
 _DASHES = ("", "6 4", "2 3", "9 3 2 3", "12 4", "1 4")
