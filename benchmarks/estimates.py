@@ -1,12 +1,14 @@
 """How close the predicted time of a run comes: three blocks of SmolLM2, recipe by recipe.
 
     OMP_NUM_THREADS=1 python benchmarks/estimates.py [--data FOLDER] [--samples N] [--only TEXT ...]
+                                                     [--predict]
 
 The model is the packaged one cut to its first blocks; calibration: windows of 512 tokens of WikiText-2
 validation. A row is a process of its own with one thread: `make_plan` predicts, then `quantize` runs.
 Measured are the CPU seconds of `quantize`, which other programs do not lengthen much, less those of its own
 plan; imports are done before. Rows go to benchmarks/results/estimates.json as they come and are not run
-again; the table is benchmarks/results/estimates.md.
+again; with --predict they are predicted again beside what was measured. The table is
+benchmarks/results/estimates.md.
 """
 
 import argparse
@@ -56,8 +58,8 @@ def cut(folder: Path) -> None:
     open_source("smollm2").tokenizer().save_pretrained(folder)
 
 
-def one(folder: Path, name: str, settings: dict, calibration: Calibration) -> dict:
-    """Predicted and measured seconds of one row, and those of predicting."""
+def one(folder: Path, name: str, settings: dict, calibration: Calibration, before: dict | None) -> dict:
+    """Seconds of one row, predicted, measured and of predicting; ``before``: what was measured already."""
     import transformers.models.llama.modeling_llama  # noqa: F401  imports are nobody's prediction
 
     torch.set_num_threads(1)
@@ -65,6 +67,8 @@ def one(folder: Path, name: str, settings: dict, calibration: Calibration) -> di
     start = clock()
     plan = make_plan(open_source(folder), recipe, calibration)[0]
     planning, start = clock() - start, clock()
+    if before:
+        return before | {"predicted": plan.seconds, "planning": planning}
     make_plan(open_source(folder), recipe, calibration)
     again, start = clock() - start, clock()
     with tempfile.TemporaryDirectory() as out:
@@ -76,6 +80,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent.parent / "shared" / "data")
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--predict", action="store_true", help="predict rows again that were measured")
     parser.add_argument("--only", nargs="*", default=[""], help="rows whose names hold one of these")
     args = parser.parse_args()
     calibration = Calibration(source=args.data / "wikitext2_raw_valid.txt", samples=args.samples)
@@ -84,10 +89,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         cut(Path(folder))
         for row, (name, settings) in ROWS.items():
-            if row in done or not any(text in row for text in args.only):
+            if (row in done) != args.predict or not any(text in row for text in args.only):
                 continue
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                done[row] = pool.submit(one, Path(folder), name, settings, calibration).result()
+                done[row] = pool.submit(
+                    one, Path(folder), name, settings, calibration, done.get(row)
+                ).result()
             print(row, done[row], flush=True)
             file.write_text(json.dumps(done, indent=1) + "\n")
     write(done, args.samples)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import InputError
-from fewbit.format import Stats
+from fewbit.format import Stats, Tiles
 from fewbit.grid import Trellis
 from fewbit.recipe import Recipe
 from fewbit.recipe.recipe import Rule
@@ -85,14 +85,16 @@ def seconds(
     if recipe.tuning is not None:
         how, each = recipe.tuning, 4  # groups of layers of a block
         held = calibration.samples - how.split(-(-calibration.samples // how.batch)) * how.batch
-        passes += 1 + each * (1 + how.looks * max(held, how.batch) / calibration.samples)
-        total += BLOCK * each * how.steps * 6 * how.batch * window * weights / fast
+        passes += 1 + each * (1 + (1 + how.looks) * max(held, how.batch) / calibration.samples)
+        learned = each * how.steps * 6 * how.batch * window * weights  # forward, and twice that back
+        total += learned * (1 / fast + (BLOCK - 1) / speed)
     tuners = {x.rule.solver for x in own if isinstance(x.rule.solver, Tuner)}
     for solver in tuners:
         passes += 3 + solver.looks  # the float outputs, statistics of ranges, where it starts
         mine = [x for x in own if x.rule.solver == solver]
         each = (tuning_step(x.rule, window, device, x.shape) * math.prod(x.shape) for x in mine)
-        total += sum(each) * solver.steps
+        beside = 6 * solver.batch * window * sum(math.prod(x.shape) for x in mine) * (BLOCK - 1) / speed
+        total += (sum(each) + beside) * solver.steps
     return total + passes * one_pass + gathered * grams
 
 
@@ -114,8 +116,8 @@ def _products(solver: object) -> float:
             return 0.5 + solver.passes
         case Gptvq():
             return 0.5 + (solver.passes + 1) * (solver.updates + 4) + solver.passes
-        case Aqlm():  # ends by itself, on layers of a language model after half of its epochs
-            return 0.5 + (solver.epochs / 2 + 1) * (solver.updates + 4)
+        case Aqlm():  # ends by itself; 21 layers of SmolLM2 took 3 to 6 of 6 epochs, 4.3 in the mean
+            return 0.5 + (solver.epochs * 2 / 3 + 1) * (solver.updates + 4)
         case _:
             return _products(solver.solver) + 2 if hasattr(solver, "solver") else 0.0
 
@@ -131,7 +133,7 @@ def _choosing(chooser: Chooser, layer: PlannedLayer, device: str, speed: float) 
 # -- small measurements
 
 
-def timed(run: Callable[[], object], device: str, least: float = 0.01) -> float:
+def timed(run: Callable[[], object], device: str, least: float = 0.05) -> float:
     """Seconds of one call: the shortest of some, as many as ``least`` seconds hold.
 
     On one CPU thread the processor's own time, which other programs do not lengthen.
@@ -192,12 +194,19 @@ def _measured_chooser(
 
 
 def _small(rule: Rule, shape: tuple[int, int]) -> tuple[int, int]:
-    """A small shape that the rule's formats and basis take: a power of two, or part of ``shape``."""
-    rows = 2 * SIDE if rule.weight.grid.height > 1 else SIDE  # as many tiles as the search takes at once
-    sizes = [
-        (min(r, shape[0]), min(n, shape[1])) for n in (SIDE, 2 * SIDE, shape[1]) for r in (rows, shape[0])
+    """A small shape that the rule's formats and basis take, within ``shape``; that itself if no other is."""
+    rows, columns = SIDE, SIDE
+    if rule.weight.grid.height > 1:  # as many tiles as the search takes at once
+        rows = 2 * SIDE
+    elif rule.weight.codebook is not None and isinstance(rule.weight.codebook.block, Tiles):
+        rows, columns = (
+            9 * SIDE // 8,
+            2 * SIDE,
+        )  # sides with many divisors: tables serve as much as in a layer
+    tried = [
+        (min(r, shape[0]), min(n, shape[1])) for n in (columns, 2 * SIDE, shape[1]) for r in (rows, shape[0])
     ]
-    return next((s for s in sizes if _takes(rule, s) and _takes(rule, (4 * s[0], s[1]))), shape)
+    return next((s for s in tried if _takes(rule, s) and _takes(rule, (4 * s[0], s[1]))), shape)
 
 
 def _takes(rule: Rule, shape: tuple[int, int]) -> bool:
@@ -256,4 +265,4 @@ def _tuning_step(rule: Rule, tokens: int, device: str, shape: tuple[int, int]) -
 
     tune(1)
     one, five = (timed(functools.partial(tune, steps), device) for steps in (1, 5))
-    return BLOCK * max(0.0, five - one) / 4 / math.prod(shape)
+    return max(0.0, five - one) / 4 / math.prod(shape)
