@@ -12,6 +12,16 @@ from fewbit.cli import options
 from fewbit.cli.kv import CHUNK, KV
 from fewbit.cli.options import Checkpoint, Device, Dtype, DtypeName, JoinName, Json, Verbose
 from fewbit.cli.pairs import check_options, compare_pairs
+from fewbit.cli.tasks import (
+    BATCH,
+    Batch,
+    Limit,
+    TaskData,
+    Tasks,
+    ask_tasks,
+    check_task_options,
+    split_names,
+)
 from fewbit.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,6 +82,10 @@ def evaluate(
             "sentence1, sentence2 and score (STS-B's dev.tsv of GLUE).",
         ),
     ] = None,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    limit: Limit = None,
+    batch: Batch = BATCH,
     device: Device = None,
     dtype: Dtype = DtypeName.AUTO,
     as_json: Json = False,
@@ -80,8 +94,8 @@ def evaluate(
     """Perplexity of a MODEL or CHECKPOINT on a text, and its distance from the original.
 
     KL is the mean over tokens of KL(original || result) in nats; top-1 the share of tokens at which both
-    hold the same one likeliest. With --pairs: the rank correlation of an encoder's cosines with people's
-    scores.
+    hold the same one likeliest. With --tasks: the share of questions that it answers. With --pairs: the rank
+    correlation of an encoder's cosines with people's scores.
     """
     options.prepare(verbose)
     from fewbit.cli.kv import cache_of
@@ -96,6 +110,15 @@ def evaluate(
     from fewbit.io.text import Join, read_text
     from fewbit.nn.kvcache import kv_format
 
+    check_task_options(ctx)
+    if tasks is not None:
+        asked = split_names(tasks)
+        source, original = open_source(model), None if against is None else open_source(against)
+        if original is not None:
+            _same_tokenizer(source, original)
+        where, kind = options.device_name(device), options.dtype_of(dtype)
+        ask_tasks(source, original, asked, task_data, limit, batch, where, kind, as_json)
+        return
     if pairs is not None:
         check_options(ctx)
         source, original = open_source(model), None if against is None else open_source(against)
