@@ -24,7 +24,8 @@ from fewbit.report.chart import (
     scale,
 )
 
-MOST_POINTS = 512  # of a grid; more would be a solid ground
+MOST_POINTS = 1024  # of a grid; more would be a solid ground
+LINES = 64  # more grid points than these are drawn as short ticks on the axis
 
 
 def histogram(
@@ -66,9 +67,12 @@ def histogram(
         raise InputError(
             f"{len(shown)} grid points cannot be told apart in a picture; give at most {MOST_POINTS}"
         )
-    line = Markup('<path class="grid" d="M{:.2f} {:.1f}V{:.1f}"><title>{}</title></path>')
-    low, high = sy.start, sy.stop
-    inner += [line.format(sx(g), low, high, f"{grid_name}: {number(g)}") for g in shown]
+    if len(shown) <= LINES:
+        line = Markup('<path class="grid" d="M{:.2f} {:.1f}V{:.1f}"><title>{}</title></path>')
+        inner += [line.format(sx(g), sy.start, sy.stop, f"{grid_name}: {number(g)}") for g in shown]
+    else:
+        ticks = "".join(f"M{sx(g):.2f} {sy.start + 6:.1f}v-6" for g in shown)
+        inner.append(Markup('<path class="grid" d="{}"/>').format(ticks))
     if grid:
         beside = len(grid) - len(shown)
         said = f"Upright lines: {grid_name}" + (
