@@ -1,6 +1,7 @@
 """Learned scales (LET) against learned clips alone and against SmoothQuant's closed form, inputs quantized.
 
     OMP_NUM_THREADS=1 python benchmarks/let.py [--data FOLDER] [--bits 6] [--blocks 2,8,15,21,27]
+                                            [--only TEXT]
 
 SmolLM2-135M with planted outliers, as in methods.py. Weights asymmetric in one step a row, inputs asymmetric
 per token, both in ``--bits``, in the blocks of ``--blocks``; the others stay float, so that a CPU answers in
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--only", default="", help="rows whose names hold this")
     args = parser.parse_args()
     torch.set_num_threads(1)
     protocol = Protocol(windows=args.windows)
@@ -51,7 +53,7 @@ def main() -> None:
     print(f"--blocks {args.blocks} --samples {args.samples} --windows {args.windows}", end=" ")
     print(f"--steps {args.steps}` (see its first lines).\n")
     print(f"| W{args.bits}A{args.bits} | KL | ± | perplexity | CPU s |\n|---|--:|--:|--:|--:|")
-    for name, recipe in rows(args.bits, args.steps):
+    for name, recipe in ((n, r) for n, r in rows(args.bits, args.steps) if args.only in n):
         parts = (replace(r, match=f"*layers.{i}.*") for r in recipe.rules for i in args.blocks.split(","))
         recipe = replace(recipe, rules=tuple(parts))
         start = time.process_time()
