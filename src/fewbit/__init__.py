@@ -17,6 +17,7 @@ _PUBLIC = {
     "QTensor": "fewbit.format",
     "Recipe": "fewbit.recipe",
     "Rule": "fewbit.recipe",
+    "compare": "fewbit.compare.run",
     "evaluate": "fewbit.evaluate.perplexity",
     "load": "fewbit.io.load",
     "quantize": "fewbit.stream.quantize",

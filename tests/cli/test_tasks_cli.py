@@ -50,8 +50,8 @@ def test_alone_there_is_nothing_to_compare(fewbit, llama, folder):
         (("--tasks", "kopa", "--task-data", "data"), "no task 'kopa'"),
         (("--tasks", ",", "--task-data", "data"), "the tasks are none"),
         (("--tasks", "piqa", "--task-data", "data"), "no file piqa"),
-        (("--tasks", "copa", "--task-data", "data", "--limit", 0), "x>=1"),
-        (("--tasks", "copa", "--task-data", "data", "--batch", 0), "x>=1"),
+        (("--tasks", "copa", "--task-data", "data", "--limit", 0), "0 is not in the range"),
+        (("--tasks", "copa", "--task-data", "data", "--batch", 0), "0 is not in the range"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(fewbit, llama, folder, words, said):

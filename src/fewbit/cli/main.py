@@ -1,7 +1,7 @@
 """``fewbit``: the entry point, and what becomes of errors.
 
 0    done
-1    a defect of fewbit: a traceback, please report it
+1    a defect of fewbit: a traceback, please report it; or a recipe that failed in compare
 2    input that cannot be worked with: one sentence "fewbit: ..." on standard error
 130  interrupted
 """
@@ -18,7 +18,9 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from fewbit.cli import evaluate, explain, formats, generate, memory, plot, quantize, search, tables
+from fewbit.cli import (
+    compare, evaluate, explain, formats, generate, inspect, memory, plot, quantize, search, tables,
+)  # fmt: skip
 from fewbit.errors import InputError
 
 UsageError = typer.BadParameter.__base__  # click's own, or that of the copy inside newer typers
@@ -51,8 +53,9 @@ class Commands(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except KeyboardInterrupt:
-            again = "; the same command goes on from the last finished block"
-            self._leave(130, "interrupted" + (again if ctx.invoked_subcommand == "quantize" else ""))
+            last = {"quantize": "block", "compare": "row"}.get(ctx.invoked_subcommand or "")
+            again = f"; the same command goes on from the last finished {last}" if last else ""
+            self._leave(130, f"interrupted{again}")
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -104,9 +107,11 @@ for _name, _command, _example in (
     ("quantize", quantize.quantize, "fewbit quantize smollm2 -r gptq --group-size 64 -o out/smollm2-w4a16"),
     ("plan", quantize.plan, "fewbit plan smollm2 -r gptq --bits 3 --group-size 64"),
     ("eval", evaluate.evaluate, "fewbit eval out/smollm2-w4a16 --data wiki.txt --against smollm2"),
+    ("compare", compare.compare, "fewbit compare smollm2 -r nf4 -r gptq:group_size=64 -o compared"),
     ("generate", generate.generate, 'fewbit generate out/smollm2-w4a16 "The capital of France is"'),
     ("memory", memory.memory, "fewbit memory smollm2 --context 8192 --batch 4"),
     ("search", search.search, "fewbit search smollm2 --bits 3.25 -r higgs --choices 2,3,4 -o recipe.yaml"),
+    ("inspect", inspect.inspect, "fewbit inspect smollm2 -o report.html"),
     ("recipes", tables.recipes, "fewbit recipes gptq --set bits=3 > mine.yaml"),
     ("formats", formats.formats, "fewbit formats e4m3fn nf4 mxfp4"),
 ):

@@ -23,7 +23,7 @@ Tasks = Annotated[
     str | None,
     typer.Option(
         metavar="NAME,NAME",
-        help="Instead of a text, tasks of lm-eval by name (their data come from the hub), or, with "
+        help="Questions to ask: tasks of lm-eval by name (their data come from the hub), or, with "
         "--task-data, of files.",
     ),
 ]
