@@ -1,0 +1,86 @@
+"""compare: the table sorted by bits, the files it leaves, exit codes, one sentence for wrong arguments."""
+
+import json
+
+import pytest
+
+from fewbit.compare import run as module
+from fewbit.compare import worker
+from fewbit.errors import InputError
+
+SMALL = ("--samples", 4, "--seqlen", 32, "--window", 32, "--windows", 2)
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """Rows are made in this process, which has imported everything."""
+
+    def work(job, watch):
+        try:
+            return "row", worker.run(job, lambda kind, *said: watch.step(*said))
+        except InputError as error:
+            return "failed", str(error)
+
+    monkeypatch.setattr(module, "_worker", work)
+
+
+def test_a_table_a_report_and_figures(fewbit, llama, tmp_path):
+    (tmp_path / "mine.yaml").write_text(fewbit("recipes", "gptq", "--set", "group_size=32").out)
+    words = ("compare", llama, "-r", "int8", "-r", "nf4", "--recipe-file", "mine.yaml", *SMALL)
+    ran = fewbit(*words, "-o", "out")
+    assert ran.code == 0
+    names = ("nf4", "mine", "int8", "original")
+    lines = [next(line for line in ran.out.splitlines() if f" {name} " in line) for name in names]
+    assert lines == sorted(lines, key=ran.out.splitlines().index)
+    assert lines[2].startswith("*")  # 8 bits are closest to the original
+    assert "out/report.html" in ran.out
+    data = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["name"] for row in data["rows"]] == ["int8", "nf4", "mine"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(name in page for name in names)
+    assert "[4/4] mine" in ran.err
+    again = fewbit(*words, "-o", "out", "--json")
+    assert "measured before" in again.err
+    assert again.json["front"] == data["front"]
+    assert again.json["rows"][0]["kl"] == data["rows"][0]["kl"]
+
+
+def test_a_failed_row_is_shown_and_the_exit_code_tells(fewbit, llama, tmp_path):
+    ran = fewbit("compare", llama, "-r", "rtn:group_size=48", "-r", "nf4", *SMALL)
+    assert ran.code == 1
+    assert "48 does not divide" in ran.out
+    assert "Traceback" not in ran.err
+    assert "nf4" in ran.out
+    assert (tmp_path / "compare-llama" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "no recipe to compare"),
+        (("-r", "gtpq"), "did you mean 'gptq'"),
+        (("-r", "gptq:bits"), "no setting"),
+        (("-r", "nf4", "-r", "nf4"), "give each recipe once"),
+        (("--recipe-file", "no.yaml"), "cannot be read"),
+        (("-r", "nf4", "--eval-data", "no.txt"), "no text file"),
+        (("-r", "nf4", "--limit", 2), "belong to tasks"),
+        (("-r", "nf4", "--window", 1), "predicts nothing"),
+        (("-r", "nf4", "--device", "tpu"), "is unknown"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence_before_any_work(fewbit, llama, tmp_path, words, said):
+    ran = fewbit("compare", llama, *words)
+    assert ran.code == 2
+    assert said in ran.err
+    assert ran.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_says_that_the_same_command_goes_on(fewbit, llama, monkeypatch):
+    def interrupted(job, watch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_worker", interrupted)
+    ran = fewbit("compare", llama, "-r", "nf4", *SMALL)
+    assert ran.code == 130
+    assert "goes on from the last finished row" in ran.err
