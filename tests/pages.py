@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 
-VOID = {"meta", "link"}  # those that pages here use
+VOID = {"meta", "link", "br"}  # those that pages here use
 
 
 class Tree(HTMLParser):

@@ -11,8 +11,8 @@ from pages import Tree
 
 from fewbit.errors import InputError
 from fewbit.report import Axis, Drawn, Series, chart, heat_map, histogram
-from fewbit.report.chart import Scale, number, scale
 from fewbit.report.heat import MOST, palette, png
+from fewbit.report.scale import Scale, number, scale
 
 
 def drawn(values, **options):

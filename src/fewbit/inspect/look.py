@@ -119,8 +119,8 @@ def look(
     skeleton = build_skeleton(source)
     mapping, _ = parameter_map(source, skeleton)
     run = _Run(skeleton, mapping, source, device)
-    ids = sample_tokens(text, source.tokenizer())
-    run.start(ids, source.tokenizer())
+    tokenizer = source.tokenizer()
+    run.start(_framed(sample_tokens(text, tokenizer), tokenizer), tokenizer)
     for i in range(len(run.blocks)):
         run.block(i)
         if progress is not None:
@@ -249,6 +249,16 @@ class _Run:
             flow.abandon()
         dematerialize(self.model)
         self.source.release()
+
+
+def _framed(ids: Tensor, tokenizer) -> Tensor:
+    """Windows that begin with [CLS] and end with [SEP], where the tokenizer knows both: as encoders read."""
+    ends = getattr(tokenizer, "cls_token_id", None), getattr(tokenizer, "sep_token_id", None)
+    if None in ends:
+        return ids
+    ids = ids.clone()
+    ids[:, 0], ids[:, -1] = ends
+    return ids
 
 
 def _input(args: tuple, kwargs: dict) -> Tensor:

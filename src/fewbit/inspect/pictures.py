@@ -59,6 +59,13 @@ def _one(seen: Inspection, picture: Picture, chosen: Remedy) -> list[Markup]:
     return out
 
 
+def _middle(middle: float) -> str:
+    """Where half of the values are, as a sentence."""
+    if middle == 0:
+        return "More than half of all values are rounded to 0."
+    return f"Half of all values lie within {middle:.0f} step{'' if middle == 1 else 's'} of zero."
+
+
 def _steps(x: Tensor, title: str, label: str) -> Markup:
     """A histogram of rows in units of their own steps."""
     steps = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / LEVELS
@@ -73,5 +80,5 @@ def _steps(x: Tensor, title: str, label: str) -> Markup:
         title=title,
         grid=[float(i) for i in range(-LEVELS, LEVELS + 1)],
         grid_name="the values of INT8",
-        note=f"Half of all values lie within {middle:.0f} step{'' if middle == 1 else 's'} of zero.",
+        note=_middle(middle),
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from fewbit.inspect.advice import Advice, advise, common_channels, mean_error
-from fewbit.inspect.look import GroupReport, Inspection
+from fewbit.inspect.layers import layers, percent, ranges, reach
+from fewbit.inspect.look import Inspection
 from fewbit.inspect.pictures import pictures
-from fewbit.inspect.remedies import ALPHA, Remedy
-from fewbit.report import Axis, Cell, Column, Drawn, Section, Series, chart, facts, page, table
+from fewbit.inspect.remedies import Remedy
+from fewbit.report import Axis, Cell, Column, Section, Series, chart, facts, page, table
 
-SHOWN = 20  # channels in a list
+SHOWN = 20  # rows of a list
 WHAT = {
     Remedy.TENSOR: "one step for each weight matrix and each input",
     Remedy.CHANNEL: "a step for each output channel and each token",
@@ -31,7 +32,7 @@ def report(seen: Inspection) -> str:
         Section(title="Residual stream", parts=_residual(seen)),
         Section(title="Attention", parts=_attention(seen)),
         Section(title="Inputs that lose most", parts=pictures(seen)),
-        Section(title="Every layer", parts=[_ranges(seen), _layers(seen)]),
+        Section(title="Every layer", parts=[ranges(seen), layers(seen)]),
     ]
     return page(f"What makes {seen.model} hard to quantize", sections)
 
@@ -52,7 +53,8 @@ def _command(seen: Inspection, advice: Advice) -> Markup:
     return Markup("<code>{}</code><br>{}").format(
         advice.command(seen.model),
         f"{advice.remedy}: mean error of a layer's output {percent(advice.error)}, "
-        f"{percent(advice.plain)} with steps per channel and token alone ({gain:.2g} times less)",
+        f"{percent(advice.plain)} with steps per channel and token alone"
+        + (f", {gain:.1f} times as much" if gain > 1 else ""),
     )
 
 
@@ -177,7 +179,7 @@ def _channels(seen: Inspection) -> list[str | Markup]:
             ", ".join(f"{n} {k}" for k, n in g.input.kinds.items()),
             "  ".join(f"'{t}'" for t in g.input.texts),
         )
-        for g in sorted(own, key=lambda g: -g.input.largest / max(g.input.rms, 1e-30))[:SHOWN]
+        for g in sorted(own, key=lambda g: -reach(g.input.largest, g.input.rms))[:SHOWN]
     ]
     tokens = [table(columns, rows, caption="Inputs in which single tokens stand out")] if rows else []
     return [said, made, *tokens]
@@ -197,17 +199,27 @@ def _residual(seen: Inspection) -> list[str | Markup]:
         title="Residual stream by depth",
         note="Where the upper two lines part, single tokens reach much farther than the others.",
     )
-    rows = [(d.block, m.channel, m.value, m.token) for d in seen.depths for m in d.massive]
-    if not rows:
+    found: dict[int, list] = {}
+    for d in seen.depths:
+        for m in d.massive:
+            found.setdefault(m.channel, []).append((d.block, m))
+    if not found:
         return [drawn, "No massive activations: none above 100 and 1000 times the median."]
     columns = [
-        Column(name="before block", number=True),
         Column(name="channel", number=True),
-        Column(name="value", number=True, digits=5),
-        Column(name="token"),
+        Column(name="largest", number=True, digits=5),
+        Column(name="at the token"),
+        Column(name="depths", number=True, help="before how many blocks"),
+        Column(name="first before block", number=True),
+        Column(name="last before block", number=True),
     ]
+    rows = []
+    for channel, own in found.items():
+        most = max((m for _, m in own), key=lambda m: abs(m.value))
+        rows.append((channel, most.value, most.token, len(own), own[0][0], own[-1][0]))
+    rows.sort(key=lambda row: -abs(row[1]))
     caption = "Massive activations: above 100 and 1000 times the median magnitude"
-    return [drawn, table(columns, rows, caption=caption, sorted_by=(0, "ascending"))]
+    return [drawn, table(columns, rows[:SHOWN], caption=caption)]
 
 
 def _attention(seen: Inspection) -> list[str | Markup]:
@@ -235,64 +247,3 @@ def _attention(seen: Inspection) -> list[str | Markup]:
         note=f"Of the tokens themselves are: {share}.",
     )
     return [drawn]
-
-
-def _ranges(seen: Inspection) -> Markup:
-    points, labels = [], []
-    for g in seen.groups:
-        for layer in g.layers:
-            points.append((layer.largest / max(layer.rms, 1e-30), g.input.largest / max(g.input.rms, 1e-30)))
-            labels.append(layer.name)
-    return chart(
-        [Series(name="layers", points=points, labels=labels, drawn=Drawn.POINTS)],
-        x=Axis(label="weights: largest over rms", log=True),
-        y=Axis(label="inputs: largest over rms", log=True),
-        title="Range of inputs against range of weights",
-        note="About 5 is what normal values reach. High: inputs need a remedy; far right: weights do.",
-    )
-
-
-def _layers(seen: Inspection) -> Markup:
-    columns = [
-        Column(name="layer"),
-        Column(name="block", number=True),
-        Column(name="input largest", number=True),
-        Column(name="input rms", number=True),
-        Column(name="kurtosis", number=True, help="of its input; 3 for normal values"),
-        Column(name="bits lost, one step", number=True, digits=3),
-        Column(name="bits lost, per token", number=True, digits=3),
-        Column(name="channels out", number=True),
-        Column(name="which", wrap=True),
-        Column(name="weight largest / rms", number=True, digits=3),
-        *(Column(name=f"{r} W8A8", number=True) for r in Remedy if r is not Remedy.SMOOTH),
-        Column(name="best"),
-    ]
-    rows = [_layer(g, layer) for g in seen.groups for layer in g.layers]
-    return table(columns, rows, caption=f"{len(rows)} layers; press the name of a column to sort by it")
-
-
-def _layer(g: GroupReport, layer) -> tuple:
-    errors = layer.errors[8]
-    best = min((r for r in Remedy if g.norm is not None or r not in ALPHA), key=lambda r: errors[r])
-    which = ", ".join(str(c.index) for c in g.input.channels[:8])
-    which += f" and {len(g.input.channels) - 8} more" if len(g.input.channels) > 8 else ""
-    return (
-        layer.name,
-        g.block,
-        g.input.largest,
-        g.input.rms,
-        g.input.kurtosis,
-        g.input.bits_lost,
-        g.input.bits_lost_token,
-        len(g.input.channels),
-        which,
-        layer.largest / max(layer.rms, 1e-30),
-        *(Cell(text=percent(errors[r]), value=errors[r]) for r in Remedy if r is not Remedy.SMOOTH),
-        str(best),
-    )
-
-
-def percent(share: float) -> str:
-    """A share with two digits that say something."""
-    value = 100 * share
-    return f"{value:.3g} %" if value < 10 else f"{value:.1f} %"

@@ -9,10 +9,11 @@
 on a page is a `Markup`, in which every word that came from outside is escaped.
 """
 
-from fewbit.report.chart import Axis, Drawn, Series, chart
+from fewbit.report.chart import Drawn, Series, chart
 from fewbit.report.heat import heat_map
 from fewbit.report.histogram import histogram
 from fewbit.report.page import Section, facts, page, write
+from fewbit.report.scale import Axis
 from fewbit.report.table import Cell, Column, table
 
 __all__ = [

@@ -20,7 +20,8 @@ import numpy as np
 from markupsafe import Markup
 
 from fewbit.errors import InputError
-from fewbit.report.chart import HEIGHT, LEFT, RIGHT, TOP, WIDTH, drawing, figure, number, text
+from fewbit.report.chart import HEIGHT, LEFT, RIGHT, TOP, WIDTH, drawing, figure, text
+from fewbit.report.scale import number
 
 MOST = 768  # cells along an axis
 POINTED = 40  # largest cells that say their figures under the mouse

@@ -16,13 +16,11 @@ from fewbit.report.chart import (
     RIGHT,
     TOP,
     WIDTH,
-    Axis,
     drawing,
     figure,
     frame,
-    number,
-    scale,
 )
+from fewbit.report.scale import Axis, number, scale
 
 MOST_POINTS = 1024  # of a grid; more would be a solid ground
 LINES = 64  # more grid points than these are drawn as short ticks on the axis
@@ -75,8 +73,7 @@ def histogram(
         inner.append(Markup('<path class="grid" d="{}"/>').format(ticks))
     if grid:
         beside = len(grid) - len(shown)
-        said = f"Upright lines: {grid_name}" + (
-            f", {beside} more lie outside the picture." if beside else "."
-        )
+        drawn = "Upright lines" if len(shown) <= LINES else "Ticks on the axis"
+        said = f"{drawn}: {grid_name}" + (f", {beside} more lie outside the picture." if beside else ".")
         note = f"{said} {note}".strip()
     return figure(title, [drawing(Markup("\n").join(inner), title)], note)
