@@ -17,6 +17,8 @@ SETUP = {
     "calibration": {"samples": 1, "seqlen": 2, "source": "t", "seed": 0},
     "protocol": {"windows": 1, "window": 2, "join": "solid"},
     "data": "text",
+    "tasks": ["copa"],
+    "limit": 4,
 }
 TASK = {
     "task": "copa", "metric": "acc", "value": 0.5, "error": 0.1, "questions": 4, "outcomes": "1010",
@@ -77,7 +79,16 @@ def test_the_report_holds_every_row_and_escapes_names():
         Row(name="bad", key="bad", error="it broke"),
     )
     text = report(Comparison(setup=SETUP, original=row("original", 16.0, None, tasks=(TASK,)), rows=rows))
-    for said in ("a&lt;b", "worse", "it broke", "fewbit quantize &lt;m&gt; -r a", "copa", "McNemar", "<svg"):
+    for said in (
+        "a&lt;b",
+        "worse",
+        "it broke",
+        "fewbit quantize &lt;m&gt; -r a",
+        "copa",
+        "McNemar",
+        "first 4 questions",
+        "<svg",
+    ):
         assert said in text
     assert "<b " not in text
     assert text.count('<tr class="marked">') == 1

@@ -156,7 +156,7 @@ def _show(found: Comparison, folder: Path) -> None:
     """The table sorted by bits, what tasks say, and where the report is."""
     from fewbit.cli.show import facts, number, table
     from fewbit.compare import front
-    from fewbit.compare.page import FILE
+    from fewbit.compare.page import FILE, asked
 
     best = {row.name for row in front(found.rows)}
     names = list(dict.fromkeys(t["task"] for t in found.original.tasks))
@@ -178,6 +178,8 @@ def _show(found: Comparison, folder: Path) -> None:
         ),
         ("", "KL in nats per token; +- is the standard error over windows"),
     ]
+    if found.setup["tasks"]:
+        rows.append(("tasks", asked(found.setup)))
     rows += [("failed", f"{row.name}: {row.error}") for row in found.failed]
     cut = max((row.cut for row in found.rows), default=0)
     if cut:

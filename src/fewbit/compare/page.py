@@ -42,9 +42,17 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         ),
         ("runs on", f"{setup['device']}, every recipe in a process of its own"),
     ]
+    if setup["tasks"]:
+        rows.append(("tasks", asked(setup)))
     if comparison.failed:
         rows.append(("failed", ", ".join(row.name for row in comparison.failed)))
     return rows
+
+
+def asked(setup: dict) -> str:
+    """Which questions a model was asked."""
+    first = "all questions" if setup["limit"] is None else f"the first {setup['limit']} questions of each"
+    return f"{', '.join(setup['tasks'])}; {first}; +- is the standard error over questions"
 
 
 def _picture(comparison: Comparison, best: list[Row]) -> list[str | Markup]:

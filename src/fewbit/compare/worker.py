@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import resource
 import shutil
@@ -132,7 +133,7 @@ def original_size(model: str) -> dict[str, Any]:
     source = open_source(model)
     return {
         "bits": 8.0 * source.dtype.itemsize,
-        "size_bytes": sum(info.nbytes for info in source.tensors().values()),
+        "size_bytes": sum(math.prod(t.shape) for t in source.tensors().values()) * source.dtype.itemsize,
     }
 
 
