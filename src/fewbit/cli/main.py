@@ -19,7 +19,17 @@ import typer
 from typer.core import TyperGroup
 
 from fewbit.cli import (
-    compare, evaluate, explain, formats, generate, inspect, memory, plot, quantize, search, tables,
+    compare,
+    evaluate,
+    explain,
+    formats,
+    generate,
+    inspect,
+    memory,
+    plot,
+    quantize,
+    search,
+    tables,
 )  # fmt: skip
 from fewbit.errors import InputError
 
