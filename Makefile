@@ -25,9 +25,9 @@ test: lint browser
 # Reports are opened in a real browser by their tests; where none is there and none can be installed, those
 # tests are skipped (in CI they fail).
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
-	    apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; \
+	    apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
 	  else echo "no Chromium found: install it to run the tests of pages"; fi
 
 lint: $(VENV)/.stamp

@@ -78,3 +78,9 @@ def test_four_bits_cost_what_their_steps_do():
     """Steps are 127 / 7 times as large."""
     for remedy in (Remedy.CHANNEL, Remedy.ROTATION):
         assert mean(case(), remedy, 4) / mean(case(), remedy, 8) == pytest.approx((127 / 7) ** 2, rel=0.25)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_what_does_not_apply_is_not_tried_twice_and_says_the_same(norm):
+    made = case(50, norm=norm)
+    assert made.all_errors(8) == {r: made.errors(r, 8) for r in Remedy}

@@ -224,7 +224,7 @@ class _Run:
             largest=watch.abs_max,
             norm=None if norm is None else _norm(block.get_submodule(norm)),
         )
-        errors = {bits: {r: case.errors(r, bits) for r in Remedy} for bits in BITS}
+        errors = {bits: case.all_errors(bits) for bits in BITS}
         layers = tuple(
             _layer(f"{name}.{n}", w, {b: {r: e[n] for r, e in own.items()} for b, own in errors.items()})
             for n, w in weights.items()

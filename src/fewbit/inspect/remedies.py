@@ -80,6 +80,12 @@ class Case:
     largest: Tensor
     norm: Norm | None
 
+    def all_errors(self, bits: int) -> dict[Remedy, dict[str, float]]:
+        """The error of each weight under every remedy; those that do not apply are not tried again."""
+        idle = set() if self.norm is not None else set(ALPHA)
+        found = {r: self.errors(r, bits) for r in Remedy if r not in idle}
+        return {r: found[Remedy.CHANNEL if r in idle else r] for r in Remedy}
+
     def errors(self, remedy: Remedy, bits: int) -> dict[str, float]:
         """The error of each weight."""
         x, parts = self.prepared(remedy)
