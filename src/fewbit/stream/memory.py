@@ -4,7 +4,7 @@ A page that was given back costs a fault when it is needed again, two microsecon
 run over rounding in one pass spends a third of its work on them if every temporary array is a fresh one. A
 heap with holes, on the other hand, does not shrink by itself, and holes add up from block to block. So
 
-- ``keep_freed_arrays`` tells glibc to serve arrays up to 32 MiB from its heap, where they leave pages that
+- ``keep_freed_arrays`` tells glibc to serve arrays up to 8 MiB from its heap, where they leave pages that
   the next ones use, and not to hand the top of the heap back on its own (by default it does whenever more
   than 128 KiB of it are free);
 - `Heap` gives back what is free once the process is ``KEEP`` larger than after its first block: rarely where
@@ -23,7 +23,7 @@ from fewbit.io.source import Source
 
 KEEP = 64 << 20  # bytes
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_MOST = 32 << 20  # the largest threshold for mappings that glibc takes
+_MAPPED = 8 << 20  # larger ones are mappings of their own: holes of their size would add up
 
 
 def keep_freed_arrays() -> None:
@@ -34,7 +34,7 @@ def keep_freed_arrays() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    mallopt(_M_MMAP_THRESHOLD, _MOST)
+    mallopt(_M_MMAP_THRESHOLD, _MAPPED)
     mallopt(_M_TRIM_THRESHOLD, 1 << 30)  # `Heap` gives back instead
 
 
