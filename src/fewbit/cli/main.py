@@ -133,9 +133,9 @@ app.add_typer(plot.app, name="plot")
 def run() -> None:
     """What the ``fewbit`` command calls.
 
-    It leaves as soon as all is written: Python would spend a second of work on taking down, object by object,
-    the three thousand modules of torch and transformers. Exit functions run; where another thread still
-    works, or on an error, Python leaves in its own way.
+    It leaves as soon as all is written: Python would take down, object by object, the three thousand modules
+    of torch and transformers. Exit functions run; where another thread still works, or on an error, Python
+    leaves in its own way.
     """
     try:
         app()

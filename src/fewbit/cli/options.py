@@ -140,7 +140,7 @@ def prepare(verbose: bool) -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Importing torch and transformers makes millions of objects and hardly any garbage, which the collector
-    # looks for all the time: a fifth of the work. See ``imported``.
+    # looks for all the time. See ``imported``.
     gc.set_threshold(100_000, 50, 100)
     if verbose:
         return

@@ -1,8 +1,8 @@
 """Where freed memory goes: kept for the next block, or given back to the system.
 
-A page that was given back costs a fault when it is needed again, two microseconds on a virtual machine, and a
-run over rounding in one pass spends a third of its work on them if every temporary array is a fresh one. A
-heap with holes, on the other hand, does not shrink by itself, and holes add up from block to block. So
+A page that was given back costs a fault when it is needed again, and rounding in one pass spends much of its
+work on faults if every temporary array is a fresh one. A heap with holes, on the other hand, does not shrink
+by itself, and holes add up from block to block. So
 
 - ``keep_freed_arrays`` tells glibc to serve arrays up to 8 MiB from its heap, where they leave pages that
   the next ones use, and not to hand the top of the heap back on its own (by default it does whenever more
