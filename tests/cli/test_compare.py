@@ -84,3 +84,8 @@ def test_an_interruption_says_that_the_same_command_goes_on(fewbit, llama, monke
     ran = fewbit("compare", llama, "-r", "nf4", *SMALL)
     assert ran.code == 130
     assert "goes on from the last finished row" in ran.err
+
+
+def test_help_ends_with_an_example(fewbit):
+    said = fewbit("compare", "--help").out.strip().splitlines()
+    assert said[-1].strip().startswith("Example:  fewbit compare ")

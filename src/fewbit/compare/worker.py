@@ -42,7 +42,7 @@ def peak_bytes(device: str) -> int:
     import torch
 
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     try:  # getrusage counts what the process was forked from
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return 1024 * int(status["VmHWM"].split()[0])
