@@ -98,6 +98,15 @@ def test_tokens_that_stand_out_have_kinds_and_texts(tokens):
     assert report.texts
 
 
+def test_an_input_of_some_tokens_has_figures_but_no_kinds(tokens):
+    x = normal(100)
+    x[::20] *= 40
+    report = seen(x, tokens)
+    assert report.tokens == 100
+    assert report.tokens_out == pytest.approx(0.05)
+    assert (report.kinds, report.texts) == ({}, ())
+
+
 def test_kinds_of_tokens():
     tokenizer = tiny_tokenizer()
     ids = [tokenizer(" the", add_special_tokens=False).input_ids[0]]

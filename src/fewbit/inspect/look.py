@@ -36,7 +36,7 @@ from fewbit.stream.weights import forget, tensor
 
 SMALL = 1 << 20  # parameters outside the blocks with fewer elements stay resident
 BATCH_TOKENS = 1024  # of the text in one suspended forward
-GUIDE = 32  # tokens on which a block is traced
+GUIDE = 128  # tokens on which a block is traced
 PICTURES = 3  # inputs that lose most bits keep a picture
 
 Errors = dict[int, dict[Remedy, float]]  # bits -> remedy -> error
@@ -120,12 +120,15 @@ def look(
     mapping, _ = parameter_map(source, skeleton)
     run = _Run(skeleton, mapping, source, device)
     tokenizer = source.tokenizer()
-    run.start(_framed(sample_tokens(text, tokenizer), tokenizer), tokenizer)
-    for i in range(len(run.blocks)):
-        run.block(i)
-        if progress is not None:
-            progress(i + 1, len(run.blocks))
-    run.end()
+    ids = _framed(sample_tokens(text, tokenizer), tokenizer)
+    try:
+        run.start(ids, tokenizer)
+        for i in range(len(run.blocks)):
+            run.block(i)
+            if progress is not None:
+                progress(i + 1, len(run.blocks))
+    finally:
+        run.end()
     if not run.groups:
         raise InputError(f"the text reached no linear layer of {model}; give a transformer language model")
     return Inspection(
@@ -156,6 +159,8 @@ class _Run:
         self.unseen: list[str] = []
         self.pictures: list[Picture] = []
         self.rotation = ""
+        self.handles: list = []
+        self.flows: list[Flow] = []
 
     def start(self, ids: Tensor, tokenizer) -> None:
         """Everything outside the blocks in memory, and all batches on their way to the first block."""
@@ -169,13 +174,13 @@ class _Run:
         cache = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
         flow = lambda part: Flow(lambda: self.model(part.to(self.device), **cache)[0])  # noqa: E731
         self.guide = flow(ids[:1, :GUIDE])
-        self.flows = [flow(part) for part in ids.split(per)]
+        self.flows = [self.guide, *(flow(part) for part in ids.split(per))]
         self.handles = [b.register_forward_pre_hook(wait, with_kwargs=True) for b in self.blocks.modules]
 
     def block(self, i: int) -> None:
         """Look at block i, where all batches wait afterwards at the next one (at the last: past it)."""
         block, name = self.blocks.modules[i], self.blocks.names[i]
-        stops = advance([self.guide, *self.flows], block)
+        stops = advance(self.flows, block)
         self.depths.append(depth(i, [s.x for s in stops[1:]], self.tokens))
         if i == 0:
             forget(self.model, self.large)
@@ -200,7 +205,7 @@ class _Run:
             for own, module in zip(seen, attentions(block), strict=True):
                 hooks.callback(module.register_forward_hook(own.see).remove)
             if i + 1 < len(self.blocks):
-                advance(self.flows, self.blocks.modules[i + 1])
+                advance(self.flows[1:], self.blocks.modules[i + 1])
             else:
                 out = [first(block(*s.args, **s.kwargs)) for s in stops[1:]]
                 self.depths.append(depth(i + 1, out, self.tokens))
@@ -245,7 +250,7 @@ class _Run:
         """Batches and weights go."""
         for handle in self.handles:
             handle.remove()
-        for flow in [self.guide, *self.flows]:
+        for flow in self.flows:
             flow.abandon()
         dematerialize(self.model)
         self.source.release()

@@ -57,7 +57,8 @@ class InputReport:
 
     low, high, rms, kurtosis (of all values together; 3 for Gauss); bits_lost by one step for the tensor,
     bits_lost_token by one for each token; channels: those that stand out, the farthest first; tokens_out:
-    share of tokens that stand out; kinds: of those, how many of each kind; texts: the most frequent of them.
+    share of tokens that stand out; kinds: of those, how many of each kind; texts: the most frequent of them
+    (both empty where the layers did not see every token).
     """
 
     tokens: int
@@ -148,7 +149,9 @@ class Watch:
         at = own > 0
         per_token = (reach[at] / (gauss_reach(width) * own[at])).log2().mean() if at.any() else own.sum()
         out = (reach >= TOKEN * reach.median().clamp(min=1e-30)).cpu()
-        kinds, ids = tokens.kinds.flatten()[out], tokens.ids.flatten()[out]
+        whole = len(out) == tokens.ids.numel()  # an expert sees some tokens, and nobody knows which
+        named = out if whole else torch.zeros(tokens.ids.numel(), dtype=torch.bool)
+        kinds, ids = tokens.kinds.flatten()[named], tokens.ids.flatten()[named]
         texts = Counter(tokens.text(i) for i in ids.tolist()).most_common(5)
         return InputReport(
             tokens=n,

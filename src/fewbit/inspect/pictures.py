@@ -44,6 +44,7 @@ def _one(seen: Inspection, picture: Picture, chosen: Remedy) -> list[Markup]:
             x="channel",
             y="token",
             unit="|x|",
+            low=max(float(picture.first.median()), float(picture.first.max()) / 1e4, 1e-30),  # half is dark
             title=f"|x| at the first {len(values)} tokens, input of {name}",
             rows=words,
             marks=[c.index for c in report.channels],
