@@ -13,7 +13,7 @@ from collections.abc import Callable
 from fewbit.cli.options import imported, note
 from fewbit.cli.show import console, duration, percent
 from fewbit.cli.summary import show_plan
-from fewbit.stream.plan import Plan
+from fewbit.stream.planned import Plan
 from fewbit.stream.progress import LayerRow, Progress
 
 

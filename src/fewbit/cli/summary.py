@@ -10,7 +10,7 @@ from typing import IO
 
 from fewbit.cli.show import duration, facts, percent, size, some, table
 from fewbit.cli.size import parameters, size_bytes
-from fewbit.stream.plan import Plan
+from fewbit.stream.planned import Plan
 from fewbit.stream.quantize import Result
 
 WORST = 5  # layers that the summary names

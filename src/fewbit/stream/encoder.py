@@ -27,7 +27,7 @@ from fewbit.nn.sites import place
 from fewbit.solve import SolverWarning
 from fewbit.stream.blocks import set_weight, weight_of
 from fewbit.stream.choose import error
-from fewbit.stream.plan import Plan, PlannedLayer
+from fewbit.stream.planned import Plan, PlannedLayer
 from fewbit.stream.progress import LayerRow, Progress
 from fewbit.stream.sites import calibrate
 from fewbit.stream.verify import compare

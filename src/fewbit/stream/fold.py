@@ -18,7 +18,7 @@ from fewbit.seams import Seam, find_seams, fold_checked
 from fewbit.seams.attention import KeySeam, find_keys, fold_keys_checked
 from fewbit.seams.order import OrderSeam, find_orders, fold_order_checked
 from fewbit.stream.inputs import Inputs
-from fewbit.stream.plan import PlannedLayer
+from fewbit.stream.planned import PlannedLayer
 from fewbit.transform.chooser import SCALES, Chooser, Kind, Reader
 
 Notes = dict[str, tuple[str, ...]]  # by layer: what was not folded, and why

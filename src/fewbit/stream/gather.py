@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from fewbit.stream.inputs import Inputs
-from fewbit.stream.plan import PlannedLayer
+from fewbit.stream.planned import PlannedLayer
 from fewbit.stream.suspend import Flow, Stop
 
 

@@ -15,7 +15,7 @@ from fewbit.stream.data import Calibration
 from fewbit.stream.estimate import available
 
 if TYPE_CHECKING:
-    from fewbit.stream.plan import PlannedLayer
+    from fewbit.stream.planned import PlannedLayer
 
 
 def learns(recipe: Recipe) -> bool:

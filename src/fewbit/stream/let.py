@@ -21,7 +21,7 @@ from fewbit.seams.trial import checked, kept
 from fewbit.solve.calls import Call, Target
 from fewbit.solve.let import Joint, Learned
 from fewbit.solve.tune import Tuner
-from fewbit.stream.plan import PlannedLayer
+from fewbit.stream.planned import PlannedLayer
 from fewbit.transform.chooser import Kind
 
 

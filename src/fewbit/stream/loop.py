@@ -37,7 +37,7 @@ from fewbit.stream.blocks import Blocks, set_weight
 from fewbit.stream.job import Job
 from fewbit.stream.memory import Heap
 from fewbit.stream.place import apart_of, in_flow, read_quantized
-from fewbit.stream.plan import Plan, PlannedLayer, codec
+from fewbit.stream.planned import Plan, PlannedLayer, codec
 from fewbit.stream.progress import LayerRow, Progress
 from fewbit.stream.rotate import online_map, outer_tensors, rotate_block, rotate_ends, round_to
 from fewbit.stream.solving import Solving

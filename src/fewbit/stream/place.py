@@ -10,7 +10,7 @@ from fewbit.format import Params, QTensor
 from fewbit.format.fake import Through
 from fewbit.format.split import SplitTensor
 from fewbit.nn.linear import transform_input
-from fewbit.stream.plan import PlannedLayer
+from fewbit.stream.planned import PlannedLayer
 from fewbit.stream.suspend import Flow
 
 

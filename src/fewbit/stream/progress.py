@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fewbit.stream.plan import Plan
+    from fewbit.stream.planned import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,8 @@ from fewbit.stream.encoder import Encoder
 from fewbit.stream.job import MANIFEST, RECIPE, Job, depth_of_interrupted, write_text
 from fewbit.stream.loop import Loop
 from fewbit.stream.memory import keep_freed_arrays
-from fewbit.stream.plan import Plan, make_plan
+from fewbit.stream.plan import make_plan
+from fewbit.stream.planned import Plan
 from fewbit.stream.progress import LayerRow, Progress
 from fewbit.stream.rotate import learned_map
 from fewbit.stream.sites import read_sentences

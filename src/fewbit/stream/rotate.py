@@ -26,7 +26,7 @@ from fewbit.seams.learn import learn_rotation
 from fewbit.seams.residual import find_residual, rotate_checked
 from fewbit.seams.rotation import find_outside, rotate_outside, stream_map
 from fewbit.stream.job import Job
-from fewbit.stream.plan import Plan
+from fewbit.stream.planned import Plan
 from fewbit.stream.progress import Progress
 from fewbit.stream.suspend import Stop
 from fewbit.stream.weights import tensor

@@ -31,7 +31,7 @@ from fewbit.stream.fold import Notes, fold_maps
 from fewbit.stream.gather import gather, inputs_of, outside_flow
 from fewbit.stream.let import tune_layers
 from fewbit.stream.place import apart_of, as_parameter, in_flow, read_quantized
-from fewbit.stream.plan import Plan, PlannedLayer, codec
+from fewbit.stream.planned import Plan, PlannedLayer, codec
 from fewbit.stream.progress import LayerRow, Progress
 from fewbit.stream.suspend import Flow, Stop, advance, wait
 

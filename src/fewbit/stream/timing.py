@@ -43,7 +43,7 @@ from fewbit.transform.awq import Awq
 from fewbit.transform.chooser import SCALES, Chooser, Reader
 
 if TYPE_CHECKING:
-    from fewbit.stream.plan import PlannedLayer
+    from fewbit.stream.planned import PlannedLayer
 
 SIDE = 128  # inputs of the small weights, and the least of their rows
 STATES = 12  # the largest L of a trellis that is timed
