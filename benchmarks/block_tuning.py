@@ -44,13 +44,16 @@ def rows():
         yield f"QTIP, L = 12, 150 steps at {lr}", at(qtip, steps=150, lr=lr), 256
     yield "QTIP, L = 12, 150 steps, norms at 0.003", at(qtip, steps=150, lr_rest=3e-3), 256
     yield "QTIP, L = 12, 400 steps", at(qtip, steps=400), 256
+    yield "QTIP, L = 16, 150 steps", at(named("qtip", {"bits": "2", "state_bits": "16"}), steps=150), 256
     yield "QuIP#, no tuning", sharp, 256
     yield "QuIP#, 150 steps", at(sharp, steps=150), 256
     g64 = {"group_size": "64", "symmetric": "false"}
     others = {
         "GPTQ, groups of 64": named("gptq", {"bits": "2", **g64}),
         "GPTVQ, d = 2": named("gptvq", {}),
+        "GPTVQ, d = 2, spread": named("gptvq", {"basis": "hadamard"}),
         "AQLM 2x8": named("aqlm", {}),
+        "AQLM 2x8, spread": named("aqlm", {"basis": "hadamard"}),
         "3 bits, QTIP, L = 12": named("qtip", {"bits": "3"}),
         "3 bits, GPTQ, groups of 64": named("gptq", {"bits": "3", **g64}),
         "4 bits, QTIP, L = 12": named("qtip", {"bits": "4"}),
