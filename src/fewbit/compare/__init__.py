@@ -8,10 +8,10 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from fewbit.compare.entry import Entry, from_file, from_words
 from fewbit.compare.rows import Comparison, Row, front
 from fewbit.compare.run import Watch, compare
 from fewbit.compare.setup import Setup
+from fewbit.recipe.entry import Entry, from_file, from_words
 
 __all__ = ["Comparison", "Entry", "Row", "Setup", "Watch", "compare", "from_file", "from_words", "front"]
 

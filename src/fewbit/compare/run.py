@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from fewbit.compare.entry import Entry
 from fewbit.compare.rows import Comparison, Row, read_rows, write_rows
 from fewbit.compare.setup import Ready, Setup, make_ready
 from fewbit.errors import InputError, WriteError
 from fewbit.evaluate.tasks import Score, beside
+from fewbit.recipe.entry import Entry
 
 ORIGINAL = "original"
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from fewbit.compare import from_file, from_words
 from fewbit.errors import InputError
 from fewbit.recipe import gptq, named
+from fewbit.recipe.entry import from_file, from_words
 
 
 def test_words_are_a_recipe_with_its_settings():

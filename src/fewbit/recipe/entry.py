@@ -1,4 +1,4 @@
-"""What is compared: a recipe under the words that a person gave for it."""
+"""A recipe as words of the command line: what a person asked for, and what it means."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewbit.errors import InputError
-from fewbit.recipe import Recipe, from_yaml, named
+from fewbit.recipe import named
+from fewbit.recipe.recipe import Recipe, from_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
