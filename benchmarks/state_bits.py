@@ -12,6 +12,7 @@ Rows are written to benchmarks/results/state_bits.json as they come, and are not
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import tempfile
@@ -108,16 +109,12 @@ def markdown(done: list[dict]) -> str:
             n: sorted((r for r in done if tuple(r["row"][:4]) == (*line, n)), key=lambda r: r["row"][4])
             for n in (12, 16)
         }
-        if not all(at.values()):
-            continue
-        e = {n: statistics.fmean(r["error"] for r in found) for n, found in at.items()}
-        kl = {n: statistics.fmean(r["kl"] for r in found) for n, found in at.items()}
+        e = {n: statistics.fmean([r["error"] for r in found] or [math.nan]) for n, found in at.items()}
+        kl = {n: statistics.fmean([r["kl"] for r in found] or [math.nan]) for n, found in at.items()}
         each = {n: ", ".join(f"{r['kl']:.3f}" for r in found) for n, found in at.items()}
-        lines.append(
-            f"| {line[0]} | {line[1]} | {line[2]} | {e[12]:.4f} | {e[16]:.4f} | "
-            f"{e[16] / e[12]:.3f} | {kl[12]:.3f} ({each[12]}) | {kl[16]:.3f} ({each[16]}) | "
-            f"{kl[16] / kl[12]:.3f} |"
-        )
+        cells = [*line, f"{e[12]:.4f}", f"{e[16]:.4f}", f"{e[16] / e[12]:.3f}"]
+        cells += [f"{kl[n]:.3f} ({each[n]})" for n in (12, 16)] + [f"{kl[16] / kl[12]:.3f}"]
+        lines.append("| " + " | ".join("-" if "nan" in str(c) else str(c) for c in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
