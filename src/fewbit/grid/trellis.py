@@ -39,6 +39,7 @@ from fewbit.grid.grid import Description, Grid
 from fewbit.viterbi import search
 
 SIDE = 16  # of a tile
+_CACHED = 2**18  # elements decoded at a time on a CPU: their states, 8 bytes each, stay in its cache
 
 
 class Code(StrEnum):
@@ -165,18 +166,17 @@ class Trellis(Grid):
         return (new << above).sum(-1).to(self.code_dtype)
 
     def states(self, codes: Tensor) -> Tensor:
-        """Codes [..., out, n / 16] -> states [..., out, n / 16, 16 / V] int32: the windows of the stream.
+        """Codes [..., out, n / 16] -> states [..., out, n / 16, 16 / V] int64: the windows of the stream.
 
-        A row has k words of 16 bits, and a window lies within two neighbours, so all of it is int32.
+        Half a row has 8 k new bits; with the 16 before them, that is all its windows, they fit a word of 64.
         """
-        downwards = torch.arange(self.rate - 1, -1, -1, device=codes.device) * 16
-        words = (codes.unsqueeze(-1) >> downwards).to(torch.int32) & 0xFFFF  # [..., out, n / 16, k]
-        last = words[..., -1:].unflatten(-3, (-1, SIDE)).roll(1, -3).flatten(-4, -3)
-        pairs = torch.cat([last, words[..., :-1]], -1) << 16 | words
-        ends = torch.arange(self.shift, self.bits + 1, self.shift, device=codes.device)
-        word = (ends - 1) // 16
-        shifts = (16 * (word + 1) - ends).to(torch.int32)
-        return (pairs.index_select(-1, word) >> shifts).bitwise_and_((1 << self.state_bits) - 1)
+        bits, wide = self.bits // 2, codes.long()
+        before = wide.unflatten(-2, (-1, SIDE)).roll(1, -2).flatten(-3, -2)  # the row above, in a circle
+        first = (before & 0xFFFF) << bits | (wide >> bits) & (1 << bits) - 1
+        second = (first & 0xFFFF) << bits | wide & (1 << bits) - 1
+        below = torch.arange(bits - self.shift, -1, -self.shift, device=codes.device)
+        windows = torch.stack([first, second], -1).unsqueeze(-1) >> below
+        return windows.bitwise_and_((1 << self.state_bits) - 1).flatten(-2)
 
     def value(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values [..., out, n / 16, 16] of codes [..., out, n / 16]; see `Grid.value`."""
@@ -187,7 +187,12 @@ class Trellis(Grid):
             )
         points = self.points(codes.device, dtype)
         points = points.squeeze(1)  # torch takes rows of one number four times as long as numbers
-        return points.index_select(0, self.states(codes).flatten()).view(*codes.shape, SIDE)
+        out = torch.empty(*codes.shape, SIDE, dtype=dtype, device=codes.device)
+        tiles = codes.numel() // codes.shape[-2] * SIDE * SIDE or 1  # elements of a row of tiles
+        rows = max(1, _CACHED // tiles if codes.device.type == "cpu" else codes.shape[-2]) * SIDE
+        for part, into in zip(codes.split(rows, -2), out.split(rows, -3), strict=True):
+            into.copy_(points.index_select(0, self.states(part).flatten()).view(into.shape))
+        return out
 
     def _list(self) -> range:
         raise InputError(f"{self.name} gives a code no value of its own; points() lists those of its states")
