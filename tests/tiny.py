@@ -1,4 +1,5 @@
-"""Tiny random language models of eleven architectures, and a byte-level tokenizer they share.
+"""Tiny random language models, and a byte-level tokenizer they share: plain ones, mixtures of experts, and
+models that see images as well.
 
 Every dimension of a linear is a multiple of 32, so that the usual groups and blocks divide; the weights are
 seeded, so two processes build the same model. The models come out in evaluation mode and float32.
@@ -29,6 +30,10 @@ ARCHITECTURES = (
     "falcon",
     "bert",
 )
+
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss")
+VISION = ("llava", "qwen2_vl", "gemma3_vl")
+EXPERTS = 4
 
 SPECIAL = ("<|endoftext|>", "<|pad|>", "<|mask|>", "<|unk|>")
 _MERGED = """
@@ -106,7 +111,48 @@ def _config(arch: str):
         case "bert":
             drop = ("num_key_value_heads",)
             return hf.BertConfig(**{k: v for k, v in modern.items() if k not in drop}), hf.BertForMaskedLM
-    raise ValueError(f"no tiny model of architecture {arch!r}; there are: {', '.join(ARCHITECTURES)}")
+    mixture = {**untied, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    match arch:
+        case "mixtral":
+            return hf.MixtralConfig(**mixture, num_local_experts=EXPERTS), hf.MixtralForCausalLM
+        case "qwen2_moe":
+            own = {"num_experts": EXPERTS, "shared_expert_intermediate_size": 64}
+            return hf.Qwen2MoeConfig(**mixture, **own), hf.Qwen2MoeForCausalLM
+        case "qwen3_moe":
+            return hf.Qwen3MoeConfig(**mixture, num_experts=EXPERTS, head_dim=32), hf.Qwen3MoeForCausalLM
+        case "deepseek_v3":  # a dense block, then one with experts
+            own = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}
+            own |= {"first_k_dense_replace": 1, "kv_lora_rank": 32, "q_lora_rank": 32, "v_head_dim": 32}
+            own |= {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "num_key_value_heads": HEADS}
+            return hf.DeepseekV3Config(**{**mixture, **own}), hf.DeepseekV3ForCausalLM
+        case "gpt_oss":  # stores its experts fused, transposed, gate and up interleaved, with biases
+            own = {"num_local_experts": EXPERTS, "head_dim": 32, "sliding_window": 16}
+            return hf.GptOssConfig(**mixture, **own), hf.GptOssForCausalLM
+    sight = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,  # more blocks than the text has
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    match arch:
+        case "llava":
+            own = {"vision_config": hf.CLIPVisionConfig(**sight), "text_config": hf.LlamaConfig(**untied)}
+            return hf.LlavaConfig(**own, image_token_index=5), hf.LlavaForConditionalGeneration
+        case "qwen2_vl":
+            rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+            text = {**untied, "rope_scaling": rope, "rope_parameters": {**rope, "rope_theta": 1e4}}
+            look = {"depth": 3, "embed_dim": 32, "hidden_size": HIDDEN, "num_heads": 2, "patch_size": 8}
+            ids = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7}
+            own = {"text_config": text, "vision_config": look, "tie_word_embeddings": False}
+            return hf.Qwen2VLConfig(**own, **ids), hf.Qwen2VLForConditionalGeneration
+        case "gemma3_vl":
+            text = {**modern, "head_dim": 32, "sliding_window": 16}
+            own = {"vision_config": sight, "text_config": text, "mm_tokens_per_image": 4}
+            return hf.Gemma3Config(**own, image_token_index=5), hf.Gemma3ForConditionalGeneration
+    known = ", ".join((*ARCHITECTURES, *MIXTURES, *VISION))
+    raise ValueError(f"no tiny model of architecture {arch!r}; there are: {known}")
 
 
 def tiny(arch: str) -> torch.nn.Module:
@@ -122,6 +168,9 @@ def tiny(arch: str) -> torch.nn.Module:
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(3) if p.ndim > 1 else p.add_(0.1 * torch.randn_like(p))
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.copy_(0.1 * torch.randn_like(buffer))
         embedding = model.get_input_embeddings()
         if embedding.padding_idx is not None:
             with torch.no_grad():

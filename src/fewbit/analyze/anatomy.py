@@ -19,6 +19,7 @@ from fewbit.errors import InputError
 from fewbit.io.base import Source, first_line
 from fewbit.io.skeleton import build_skeleton
 from fewbit.nn.blocks import Blocks, find_blocks, linears, weight_of
+from fewbit.nn.experts import in_experts
 
 _FFN = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff")
 _PROBE = 3  # tokens
@@ -172,7 +173,7 @@ def _cache_layer(layer) -> CacheLayer:
 
 def _widths(text, blocks: Blocks) -> tuple[Widths | None, str]:
     """The widths of a plain transformer block, or why the blocks are not plain."""
-    if any(p.ndim == 3 for b in blocks.modules for p in b.parameters()):
+    if any(in_experts(b) or any(p.ndim == 3 for p in b.parameters()) for b in blocks.modules):
         return None, "activations of a mixture of experts are not modelled"
     if getattr(text, "kv_lora_rank", None):
         return None, "activations of latent attention are not modelled"

@@ -3,7 +3,7 @@
 import ctypes
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +11,21 @@ from pathlib import Path
 import torch
 
 from fewbit.errors import InputError
+
+DTYPES = {  # as safetensors names them
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +35,15 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
     nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A part of a stored tensor under a name of its own: ``take`` of entry ``index`` on its first axis."""
+
+    stored: str
+    index: int
+    take: Callable[[torch.Tensor], torch.Tensor]
 
 
 class Source(ABC):
@@ -47,6 +71,18 @@ class Source(ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """The dtype of tensors that an output checkpoint keeps unquantized."""
+
+    def kept_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which an output checkpoint keeps the floating tensor ``name`` unquantized."""
+        return self.dtype
+
+    def present(self, cuts: Mapping[str, Cut]) -> None:
+        """From here on show these parts of stored tensors, by their names, instead of the tensors."""
+        whole = next(iter(cuts.values())).stored
+        raise InputError(
+            f"{self.name} stores all experts as one tensor ({whole}), which is cut in safetensors only; give "
+            "the model as a folder of safetensors"
+        )
 
     @abstractmethod
     def companions(self, folder: Path) -> list[str]:

@@ -7,14 +7,18 @@ running the constructor: no table per architecture says which buffers there are.
 
 ``parameter_map`` says where each parameter comes from, by the renamings that transformers itself applies when
 it loads (prefix of the base model, old names of norms, moved modules). Parameters that are one object are
-tied, and share one stored tensor. ``materialize`` and ``dematerialize`` bring named parameters in and give
-them back.
+tied, and share one stored tensor. Experts that transformers holds as one 3-D parameter are linears of their
+own here (``fewbit.nn.experts``), under the names that checkpoints have for them; where a file stores them
+fused, they are cut out of it. ``materialize`` and ``dematerialize`` bring named parameters in and give them
+back.
 
 Road not taken: ``torch.device("meta")`` around the constructor makes the buffers meta too, and what they
 held is not in the checkpoint.
 """
 
 import copy
+import functools
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 
@@ -22,7 +26,8 @@ import torch
 from torch import nn
 
 from fewbit.errors import InputError
-from fewbit.io.base import Source
+from fewbit.io.base import Cut, Source
+from fewbit.nn.experts import Experts, Names, in_experts, split_experts
 
 
 def build_skeleton(source: Source) -> nn.Module:
@@ -53,7 +58,32 @@ def build_skeleton(source: Source) -> nn.Module:
                     f"{source.name} is a {config.model_type} model of class {named}, which transformers "
                     "does not have as a language model; use a causal or masked language model."
                 ) from error
+        split_experts(model, expert_names(model))
     return model.eval()
+
+
+def expert_names(model: nn.Module) -> Names:
+    """What checkpoints of ``model`` call the matrices of an expert: what transformers merges on loading."""
+    found = {}
+    for rule in _conversions(model):
+        leaves = [_EXPERT.fullmatch(pattern.replace("\\", "")) for pattern in rule.source_patterns]
+        target = rule.target_patterns[0].rpartition(".")[2]
+        if leaves and all(leaves) and target in _KINDS and len(leaves) == len(_KINDS[target]):
+            found |= zip(_KINDS[target], (leaf[1] for leaf in leaves), strict=True)
+    return Names(**found)
+
+
+# patterns of transformers, such as mlp.experts.*.w1.weight, and what of an expert a fused parameter holds
+_EXPERT = re.compile(r".*experts\.?\*\.(\w+)\.weight\$?")
+_KINDS = {"gate_up_proj": ("gate", "up"), "up_proj": ("up",), "down_proj": ("down",)}
+
+
+def _conversions(model: nn.Module) -> list:
+    """The rules by which transformers makes several stored tensors of ``model`` one parameter."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
 
 
 @contextmanager
@@ -87,6 +117,7 @@ def parameter_map(source: Source, model: nn.Module) -> tuple[dict[str, str], tup
     differs, tied parameters stored with different values, and models whose tensors transformers rebuilds on
     loading.
     """
+    _cut_experts(source, model)
     infos = source.tensors()
     slots = model.state_dict(keep_vars=True)
     mapping: dict[str, str] = {}
@@ -125,22 +156,53 @@ def _renamed(source: Source, model: nn.Module, infos: Mapping, slots: Mapping) -
     from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
     rules = get_model_conversion_mapping(model)
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter) and not _merges_experts(rule)]
     renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-    prefix = model.base_model_prefix
+    prefix, fused = model.base_model_prefix, _fused(model)
     found = []
     for stored in sorted(infos, key=dot_natural_key):
-        name, rebuilt = rename_source_key(stored, renamings, converters, prefix, slots)
+        name, rebuilt = rename_source_key(stored, renamings, converters, prefix, slots | fused)
         if name not in slots and stored in slots:
             name, rebuilt = rename_source_key(stored, [], [], prefix, slots)
-        if name in slots and rebuilt is not None:
+        if (name in slots or name in fused) and rebuilt is not None:
             raise InputError(
-                f"{source.name} stores {stored} in a form that has to be rebuilt on loading ({rebuilt}, "
-                "as models with fused experts do), which is not supported; use a model whose tensors are "
-                "stored as they are."
+                f"{source.name} stores {stored} in a form that has to be rebuilt on loading ({rebuilt}), "
+                "which is not supported; use a model whose tensors are stored as they are."
             )
         found.append((stored, name))
     return found
+
+
+def _merges_experts(rule) -> bool:
+    """Whether a conversion does no more than stack what is stored for each expert: nothing to do here."""
+    kind = rule.target_patterns[0].rpartition(".")[2] in _KINDS
+    return kind and all(_EXPERT.fullmatch(pattern.replace("\\", "")) for pattern in rule.source_patterns)
+
+
+def _fused(model: nn.Module) -> dict[str, tuple[Experts, str]]:
+    """What experts would be as 3-D parameters: name in ``model`` -> (the experts, name of the parameter)."""
+    return {f"{n}.{p}": (experts, p) for n, experts in in_experts(model).items() for p in experts.shapes}
+
+
+def _cut_experts(source: Source, model: nn.Module) -> None:
+    """Make ``source`` present experts that it stores as 3-D tensors as one matrix each, read one by one."""
+    fused, infos = _fused(model), source.tensors()
+    cuts: dict[str, Cut] = {}
+    for stored, name in _renamed(source, model, infos, model.state_dict(keep_vars=True)) if fused else ():
+        if name not in fused:
+            continue
+        experts, parameter = fused[name]
+        if infos[stored].shape != experts.shapes[parameter]:
+            raise InputError(
+                f"{source.name} stores {stored} with shape {list(infos[stored].shape)}, but its config asks "
+                f"for {list(experts.shapes[parameter])}; config.json and weights do not belong together."
+            )
+        bias = parameter.endswith("_bias")
+        for part, (e, cut) in experts.parts(parameter).items():
+            take = functools.partial(experts.cut, cut=cut, bias=bias)
+            cuts[f"{stored.rpartition('.')[0]}.{part}"] = Cut(stored=stored, index=e, take=take)
+    if cuts:
+        source.present(cuts)
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
@@ -181,6 +243,7 @@ def materialize(
 ) -> None:
     """Put the named parameters and buffers in place by one ``source.read``; cast floating ones to ``dtype``.
 
+    What the model's class says must stay float32 (a router's correction of its scores) is never narrowed.
     All names that share a stored tensor get it as one and the same parameter, also those not asked for.
     Buffers that were computed (not read) move to ``device``, in their own dtype, throughout the model.
     """
@@ -189,9 +252,11 @@ def materialize(
         holders.setdefault(stored, []).append(name)
     wanted = list(dict.fromkeys(mapping[name] for name in names))
     tensors = source.read(wanted)
+    wide = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for stored in wanted:
         value = tensors.pop(stored)
-        value = value.to(device, dtype if value.is_floating_point() else value.dtype)
+        own = torch.float32 if wide & set(holders[stored][0].split(".")) else dtype
+        value = value.to(device, own if value.is_floating_point() else value.dtype)
         _place(model, holders[stored], value)
         del value
     for module in model.modules():

@@ -15,14 +15,14 @@ Road not taken: ``from_pretrained`` and then quantize. It is simpler and needs t
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from fewbit.errors import InputError
-from fewbit.io.base import Source, TensorInfo, check_finite, content_hash, first_line
+from fewbit.io.base import DTYPES, Cut, Source, TensorInfo, check_finite, content_hash, first_line
 from fewbit.io.locate import PACKAGED, from_hub, is_hub_id, packaged_file
 
 __all__ = ["SafetensorsSource", "Source", "TensorInfo", "check_finite", "open_source"]
@@ -44,21 +44,10 @@ COMPANION_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 )
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def open_source(model: str | Path) -> Source:
@@ -103,6 +92,7 @@ class SafetensorsSource(Source):
         self._infos: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Path] = {}
         self._index: dict[str, str] = {}
+        self._cuts: dict[str, Cut] = {}
         self.files = self._find_files()
         for path in self.files:
             self._read_header(path)
@@ -174,18 +164,39 @@ class SafetensorsSource(Source):
 
     def tensors(self) -> dict[str, TensorInfo]:
         """See :class:`Source`."""
-        return dict(self._infos)
+        whole = {cut.stored for cut in self._cuts.values()}
+        out = {name: info for name, info in self._infos.items() if name not in whole}
+        return out | {name: self._cut_info(cut) for name, cut in self._cuts.items()}
+
+    def present(self, cuts: Mapping[str, Cut]) -> None:
+        """See :class:`Source`."""
+        self._cuts |= cuts
+
+    def _cut_info(self, cut: Cut) -> TensorInfo:
+        own = self._infos[cut.stored]
+        shape = cut.take(torch.empty(own.shape[1:], device="meta")).shape
+        return TensorInfo(shape=tuple(shape), dtype=own.dtype, nbytes=own.dtype.itemsize * shape.numel())
+
+    def kept_dtype(self, name: str) -> torch.dtype:
+        """See :class:`Source`: the dtype of the file, where that is no code of a quantized weight."""
+        stored = self._cuts[name].stored if name in self._cuts else name
+        own = self._infos[stored].dtype if stored in self._infos else self.dtype
+        return own if own.is_floating_point and own.itemsize > 1 else self.dtype
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """See :class:`Source`. Files are opened for this call alone; the copies own their memory."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
-            by_file.setdefault(self._file_of[name], []).append(name)
+            stored = self._cuts[name].stored if name in self._cuts else name
+            by_file.setdefault(self._file_of[stored], []).append(name)
         result = {}
         for path, members in by_file.items():
             with _open(path) as file:
                 for name in members:
-                    result[name] = file.get_tensor(name).clone()
+                    if (cut := self._cuts.get(name)) is not None:
+                        result[name] = cut.take(file.get_slice(cut.stored)[cut.index]).clone()
+                    else:
+                        result[name] = file.get_tensor(name).clone()
         return result
 
     @property

@@ -1,7 +1,9 @@
 """What there is to quantize in a model, found rather than tabled: its blocks and their linear layers.
 
 Blocks are the elements of the outermost ``ModuleList`` that holds most of the linear weights, so a new
-architecture needs no table. Works on a skeleton without weights as on a real model.
+architecture needs no table. Works on a skeleton without weights as on a real model. Where a model has several
+towers, the blocks are those of the text. What routes tokens to experts is no linear layer here: it stays as
+it is.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fewbit.errors import InputError
+from fewbit.nn.experts import routers
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -19,8 +22,12 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def linears(root: nn.Module) -> dict[str, nn.Module]:
-    """Names (relative to ``root``) and modules of all linear layers: ``nn.Linear`` and ``Conv1D``."""
-    return {n: m for n, m in root.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)}
+    """Names (relative to ``root``) and modules of all linear layers: ``nn.Linear`` and ``Conv1D``, experts'
+    among them; not those that route tokens to experts (``fewbit.nn.experts.routers``).
+    """
+    found = {n: m for n, m in root.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)}
+    aside = routers(root)
+    return {n: m for n, m in found.items() if n not in aside}
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -46,12 +53,14 @@ class Blocks:
 
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """The transformer blocks of ``model``. Raises ``InputError`` when there is no list of blocks with
-    linears.
+    """The transformer blocks of ``model``, of its text tower where it has several towers.
+
+    Raises ``InputError`` when there is no list of blocks with linears.
     """
     best, best_size = None, 0
     inside: list[str] = []
-    for name, module in model.named_modules():
+    tower, prefix = _text_tower(model)
+    for name, module in tower.named_modules(prefix=prefix):
         if not isinstance(module, nn.ModuleList) or any(name.startswith(i + ".") for i in inside):
             continue
         size = sum(m.weight.numel() for m in linears(module).values())
@@ -67,3 +76,14 @@ def find_blocks(model: nn.Module) -> Blocks:
         )
     name, module = best
     return Blocks(tuple(f"{name}.{i}" for i in range(len(module))), tuple(module))
+
+
+def _text_tower(model: nn.Module) -> tuple[nn.Module, str]:
+    """The part of ``model`` that reads text, and its name: what transformers calls the decoder, where the
+    configuration has a text part of its own; else the model.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config") or config.get_text_config() is config:
+        return model, ""
+    tower = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return next(((m, n) for n, m in model.named_modules() if m is tower), (model, ""))
