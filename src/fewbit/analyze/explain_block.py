@@ -106,7 +106,7 @@ def _explain(given: list[Fraction], fmt: Format) -> BlockExplanation:
     steps = [Fraction(1)]
     if q.scale is not None:
         steps = [Fraction(v) for v in value_of(q.scale).double().flatten().tolist()]
-    zeros = [] if q.zero is None else [Fraction(v) for v in q.zero.double().flatten().tolist()]
+    zeros = [] if q.zero is None else [Fraction(v) for v in value_of(q.zero).double().flatten().tolist()]
     zeros = zeros * (len(steps) // len(zeros)) if zeros else []  # Zero.MEAN keeps one for all
     values = _values(q)
     patterns = _patterns(used.grid, q.codes).repeat_interleave(used.grid.width).tolist()
@@ -142,7 +142,9 @@ def _tiling(fmt: Format, shape: tuple[int, ...]) -> Format:
         block.check(shape)
     except InputError:
         block = Channel()
-    return replace(fmt, block=block, scale=_tiling(fmt.scale, block.scale_shape(shape)))
+    blocks = block.scale_shape(shape)
+    offsets = None if fmt.offsets is None else _tiling(fmt.offsets, blocks)
+    return replace(fmt, block=block, scale=_tiling(fmt.scale, blocks), offsets=offsets)
 
 
 def _held(zero: Zero, v: Fraction, s: Fraction, z: Fraction) -> Fraction:

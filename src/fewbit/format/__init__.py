@@ -33,18 +33,8 @@ from fewbit.format.qtensor import QTensor, value_of
 from fewbit.format.stats import Need, Stats
 
 RANGES = (
-    AbsMax,
-    MinMax,
-    Percentile,
-    MSE,
-    OutputMSE,
-    PowerOfTwo,
-    Progressive,
-    Gaussian,
-    ACIQ,
-    OCTAV,
-    Clusters,
-)
+    AbsMax, MinMax, Percentile, MSE, OutputMSE, PowerOfTwo, Progressive, Gaussian, ACIQ, OCTAV, Clusters,
+)  # fmt: skip
 
 __all__ = [
     "ACIQ", "BF16", "BLOCKS", "DOUBLE_QUANT", "E4M3_OVER_FP32", "E8M0", "FORMATS", "FP16", "FP32",

@@ -139,7 +139,7 @@ def correct_bias(w: Tensor, q: QTensor, variance: bool = True) -> QTensor:
     offset or with blocks that span rows, and for weights of another shape.
     """
     fmt = q.format
-    if fmt.zero != "offset" or not isinstance(fmt.block, Channel | Group):
+    if fmt.zero != "offset" or fmt.offsets is not None or not isinstance(fmt.block, Channel | Group):
         raise InputError(
             f"bias correction moves each row's mean, which {fmt} cannot hold; use zero=offset with a channel "
             "or group block"

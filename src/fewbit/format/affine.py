@@ -41,17 +41,24 @@ class Zero(StrEnum):
 
 
 class Divisor(StrEnum):
-    """How a symmetric interval [-A, A] becomes a step. They agree on every grid whose ends are opposite."""
+    """How a symmetric interval becomes a step. They agree on every grid whose ends are opposite.
+
+    The first two look at A, the larger end; SIGNED keeps its sign and so wants a range that tells the ends
+    apart (min-max, MSE): what is largest lies on the outermost code, and a step may be negative.
+    """
 
     EDGE = "edge"  # A / max: both ends exact, the most negative integer code unused
     FULL = "full"  # 2A / (max - min): all codes used, +A saturates (compressed-tensors)
+    SIGNED = "signed"  # +-A / the end farther from zero: no code unused, nothing saturates (ggml's Q4_0)
 
 
 def raw_step(fmt: Format, lo: Tensor, hi: Tensor) -> Tensor:
     """Unrounded step for [lo, hi]; 0 for a block that is all zero, or constant with OFFSET."""
+    if fmt.symmetric and fmt.divisor is Divisor.SIGNED:
+        return torch.where(-lo >= hi, lo, hi) / max(fmt.grid.min, fmt.grid.max, key=abs)
     if fmt.symmetric:
         return torch.maximum(-lo, hi) / fmt.reach
-    if fmt.zero is Zero.INTEGER:  # only then is z a code, and 0.0 exact
+    if fmt.zero is Zero.INTEGER or fmt.offsets is not None:  # z is a code and 0.0 exact; coded m are <= 0
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     step = (hi - lo) / fmt.reach
     if fmt.zero is Zero.FLOAT:  # lo / step must stay finite: a constant block is its own step
@@ -67,7 +74,10 @@ def stored_steps(fmt: Format, raw: Tensor, x: Tensor) -> Tensor | QTensor:
         info = torch.finfo(dtype)
         tile = fmt.grid.height > 1 or fmt.codebook is not None  # nothing there need be all zero
         unused = 0.0 if tile or fmt.grid.snap(raw.new_zeros(fmt.grid.width)).any() else 1.0
-        return torch.where(raw > 0, raw, unused).clamp(info.smallest_normal, info.max).to(dtype)
+        # float16 begins at 6.1e-5, above the steps of some 8-bit weights: there subnormals serve as well
+        least = info.smallest_normal * (info.eps if dtype == torch.float16 else 1)
+        size = torch.where(raw != 0, raw.abs(), unused).clamp(least, info.max)
+        return torch.copysign(size, raw).to(dtype)
     if not getattr(own.grid, "zero", True):  # powers of two: upwards, or up to 1.5 max would be clipped
         significand, e = torch.frexp(raw)
         up = torch.ldexp(torch.ones_like(raw), e - (significand == 0.5).int())
@@ -76,9 +86,9 @@ def stored_steps(fmt: Format, raw: Tensor, x: Tensor) -> Tensor | QTensor:
     if own.zero is Zero.NONE:
         unit = torch.ones_like(raw)
         if params.scale is not None:
-            outer = value_of(params.scale).to(raw.dtype).unsqueeze(-1)
+            outer = value_of(params.scale).to(raw.dtype).abs().unsqueeze(-1)
             unit = own.block.join(outer * torch.ones_like(own.block.split(raw)), raw.shape)
-        raw = torch.maximum(raw, own.grid.least * unit)
+        raw = torch.copysign(torch.maximum(raw.abs(), own.grid.least * unit), raw)
         if isinstance(own.range, Progressive):
             raw = torch.minimum(raw, own.range.most(fmt) * unit)
     return own.encode(raw, params)
@@ -95,7 +105,9 @@ def offset(fmt: Format, lo: Tensor, scale: Tensor, stored: Tensor | QTensor | No
     if fmt.zero is Zero.NONE:
         return None
     if fmt.zero is Zero.OFFSET:
-        return (lo - fmt.grid.min * scale).to(fmt.zero_dtype)
+        top = torch.finfo(fmt.zero_dtype).max
+        m = lo - fmt.grid.min * scale
+        return m.clamp(-top, top if fmt.offsets is None else 0.0).to(fmt.zero_dtype)
     if fmt.zero is Zero.FLOAT:
         return (fmt.grid.min - lo / scale).to(fmt.zero_dtype)
     z = (fmt.grid.min - lo.clamp(max=0) / scale).round().clamp(fmt.grid.min, fmt.grid.max)

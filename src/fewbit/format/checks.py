@@ -31,6 +31,8 @@ def check_format(fmt: Format) -> None:
         )
     if fmt.scale is None and fmt.zero is not Zero.NONE:
         raise InputError(f"format {fmt.grid.name} has a zero point but no scale; give scale=FP16 or another")
+    if fmt.offsets is not None and (fmt.zero is not Zero.OFFSET or fmt.scale.scale is None):
+        raise InputError(f"coded offsets need zero=offset and coded steps, got {fmt.zero} and {fmt.scale}")
     if fmt.zero is Zero.INTEGER and not isinstance(fmt.grid, Int):
         raise InputError(
             f"an integer zero point needs an integer grid, got {fmt.grid.name}; use Zero.OFFSET or Zero.FLOAT"
@@ -69,8 +71,7 @@ def check_shape(fmt: Format, shape: torch.Size | tuple[int, ...], what: str = "t
     if width > 1 and (not shape or shape[-1] % width):
         raise InputError(
             f"{fmt.grid.name} codes {width} columns at once, which does not divide the last side of "
-            f"{what} of shape {list(shape)}; choose a grid of another width or exclude this layer with a "
-            "rule"
+            f"{what} of shape {list(shape)}; take another grid or exclude this layer with a rule"
         )
     height = fmt.grid.height
     if height > 1 and (len(shape) < 2 or shape[-2] % height):
@@ -86,5 +87,6 @@ def check_shape(fmt: Format, shape: torch.Size | tuple[int, ...], what: str = "t
                 f"{fmt.grid.name} codes {width} columns at once and tables of {what} of shape "
                 f"{list(shape)} would serve {own.of(shape).cols}; choose another width or other tiles"
             )
-    if fmt.scale is not None and fmt.scale.scale is not None:
-        fmt.scale.check(fmt.block.scale_shape(shape), f"the steps of {what}")
+    for own, parts in ((fmt.scale, "steps"), (fmt.offsets, "offsets")):
+        if own is not None and own.scale is not None:
+            own.check(fmt.block.scale_shape(shape), f"the {parts} of {what}")

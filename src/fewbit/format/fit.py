@@ -140,8 +140,7 @@ class MSE(Range):
         if not (self.norm > 0 and self.steps >= 1 and 0 < self.shrink <= 1):
             raise InputError(
                 f"MSE range search with norm {self.norm}, {self.steps} steps down to {self.shrink} is "
-                "impossible; "
-                "norm must be positive, steps at least 1 and shrink in (0, 1]"
+                "impossible; norm must be positive, steps at least 1 and shrink in (0, 1]"
             )
 
     @property

@@ -38,8 +38,9 @@ class Format:
     """A grid, the blocks that share a step, the rule for their range, the offset, and the steps' own Format.
 
     ``scale=None`` is a plain number format without any scale (a cast). ``codebook``: whose points the codes
-    of a `Learned` grid mean; its ``range`` is `Clusters`, which learns them. Raises ``InputError`` for a
-    combination that means nothing.
+    of a `Learned` grid mean; its ``range`` is `Clusters`, which learns them. ``offsets``: the Format of the
+    offsets, none of them positive, where they are coded like the steps (ggml's K-quants). Raises
+    ``InputError`` for a combination that means nothing.
     """
 
     grid: Grid
@@ -49,6 +50,7 @@ class Format:
     divisor: Divisor = Divisor.EDGE
     scale: Format | None = None
     codebook: Codebook | None = None
+    offsets: Format | None = None
 
     def __post_init__(self):
         check_format(self)
@@ -65,7 +67,8 @@ class Format:
         """Steps in half the interval of a symmetric format, in the whole interval of an affine one."""
         if not self.symmetric:
             return self.grid.max - self.grid.min
-        return self.grid.max if self.divisor is Divisor.EDGE else (self.grid.max - self.grid.min) / 2
+        ends = self.grid.max, -self.grid.min
+        return {Divisor.EDGE: ends[0], Divisor.FULL: sum(ends) / 2, Divisor.SIGNED: max(ends)}[self.divisor]
 
     def unit_points(self) -> Tensor:
         """Where the grid's finite points lie on the interval [-1, 1]: distinct, ascending, [k] float64.
@@ -179,7 +182,7 @@ class Format:
         else:
             x = x if x.dtype == torch.float64 else x.float()
             scale = nonzero(value_of(params.scale)).to(x.dtype).unsqueeze(-1)
-            zero = None if params.zero is None else params.zero.to(x.dtype).unsqueeze(-1)
+            zero = None if params.zero is None else value_of(params.zero).to(x.dtype).unsqueeze(-1)
             unit = self.block.join(self.to_unit(self.block.split(x), scale, zero), x.shape)
         if self.codebook is None:
             codes = self._round(unit, generator)
@@ -201,7 +204,7 @@ class Format:
         scale = self.block.take(nonzero(value_of(params.scale)), shape, columns)
         if params.zero is None:
             return scale, None
-        zero = params.zero.to(scale.dtype)
+        zero = value_of(params.zero).to(scale.dtype)
         if self.zero is Zero.MEAN:
             return scale, zero.expand_as(scale)
         return scale, self.block.take(zero, shape, columns)
@@ -230,7 +233,8 @@ class Format:
         if self.scale is not None:
             blocks = self.block.scale_shape(shape)
             bits += math.prod(blocks) * self.scale.bits_per_weight(blocks)
-            bits += self.zero_bits * (1 if self.zero is Zero.MEAN else math.prod(blocks))
+            one = self.zero_bits if self.offsets is None else self.offsets.bits_per_weight(blocks)
+            bits += one * (1 if self.zero is Zero.MEAN else math.prod(blocks))
         if self.codebook is not None:
             tables = self.codebook.shape(self.grid, shape)
             bits += math.prod(tables) * self.codebook.store.bits_per_weight(tables)

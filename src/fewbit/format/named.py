@@ -9,11 +9,16 @@
     mx9, mx6, mx4   int x ({1/2, 1} per 2 x E8M0 per 16)                9, 6, 4   shared microexponents
     msfp16 ... 12   int x E8M0 per 16: classic block floating point     8.5 ... 4.5   Microsoft floating point
     qoq             uint4 with zero x (uint8 per 128 x FP16 per row)    4.094 + 16 / columns   QServe
+    q8_0, q5_0, q4_0    int x FP16 per 32                               8.5, 5.5, 4.5   ggml (GGUF files)
+    q5_1, q4_1      uint x FP16 + FP16 per 32                           6, 5    ggml
+    q6_k, q3_k      int x (int8, int6 x FP16 per 256) per 16            6.5625, 3.4375   ggml
+    q5_k, q4_k      uint x and + (uint6 x FP16 per 256) per 32          5.5, 4.5   ggml
+    q2_k            uint2 x and + (uint4 x FP16 per 256) per 16         2.625   ggml
 
 QLoRA: https://arxiv.org/abs/2305.14314; MX: https://arxiv.org/abs/2310.10537; shared microexponents ("A
 Little Shifting Goes a Long Way", not OCP's MX in spite of the names): https://arxiv.org/abs/2302.08007;
-QServe: https://arxiv.org/abs/2405.04532. The OCP names mean its floor rule; "-even", "-ceil"
-and "-rceil" after them choose another `Scaling`.
+QServe: https://arxiv.org/abs/2405.04532; ggml: https://github.com/ggml-org/ggml. The OCP names mean its floor
+rule; "-even", "-ceil" and "-rceil" after them choose another `Scaling`.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from types import MappingProxyType
 from fewbit.errors import InputError
 from fewbit.format.block import Channel, Flat, Group, PerTensor
 from fewbit.format.fit import MinMax, PowerOfTwo, Progressive, Scaling
-from fewbit.format.format import Format, Zero
+from fewbit.format.format import Divisor, Format, Zero
 from fewbit.grid import Int, by_name
 
 FP32 = Format(grid=by_name("fp32"))
@@ -74,6 +79,19 @@ def progressive(*, group: int = 128, protect: int = 119) -> Format:
     return Format(grid=grid, block=Group(group), range=MinMax(), zero=Zero.INTEGER, scale=steps)
 
 
+def ggml(bits: int, *, symmetric: bool, group: int = 32, step_bits: int = 0) -> Format:
+    """Integers under a float16 step, and if not symmetric an offset, per ``group``.
+
+    With ``step_bits`` (K-quants) these are whole units themselves, of one float16 per 256 weights.
+    """
+    rule = {"range": MinMax(), "divisor": Divisor.SIGNED}
+    steps = Format(grid=Int(step_bits or 8, signed=symmetric), block=Group(256 // group), scale=FP16, **rule)
+    rule |= {"block": Group(group), "scale": steps if step_bits else FP16}
+    if not symmetric:
+        rule |= {"zero": Zero.OFFSET, "offsets": steps if step_bits else None}
+    return Format(grid=Int(bits, signed=symmetric), **rule)
+
+
 def _all() -> dict[str, Format]:
     found = {}
     for table in ("nf4", "af4", "fp4-bnb"):
@@ -90,6 +108,12 @@ def _all() -> dict[str, Format]:
     found |= {f"mx{m + 2}": microexponents(m) for m in (7, 4, 2)}
     found |= {name: block_floating_point(m) for name, m in zip(_MSFP, (7, 5, 4, 3), strict=True)}
     found["qoq"] = progressive()
+    found["q8_0"] = Format(grid=Int(8), block=Group(32), scale=FP16)
+    for b in (4, 5):
+        found |= {f"q{b}_0": ggml(b, symmetric=True), f"q{b}_1": ggml(b, symmetric=False)}
+        found[f"q{b}_k"] = ggml(b, symmetric=False, step_bits=6)
+    for b, step_bits in ((2, 4), (3, 6), (6, 8)):
+        found[f"q{b}_k"] = ggml(b, symmetric=b > 2, group=16, step_bits=step_bits)
     return found
 
 

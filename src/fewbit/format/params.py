@@ -27,7 +27,7 @@ class Params:
     """What ``Format.fit`` finds: the step as stored and the zero (or offset), one per block; the tables."""
 
     scale: Tensor | QTensor | None
-    zero: Tensor | None
+    zero: Tensor | QTensor | None
     table: Tensor | QTensor | None = None
 
     def to(self, device: torch.device | str) -> Params:
@@ -66,6 +66,7 @@ def fit(fmt: Format, x: Tensor, importance: Tensor | None = None, parent: Tensor
         lo = hi = blocks.new_zeros(blocks.shape[:-1])
     scale = fmt.store(raw_step(fmt, lo, hi), x)
     zero = mean if fmt.zero is Zero.MEAN else offset(fmt, lo, nonzero(value_of(scale)), scale)
+    zero = zero if fmt.offsets is None else fmt.offsets.quantize(zero)
     return Params(scale=scale, zero=zero)
 
 

@@ -26,13 +26,13 @@ class QTensor:
     """Codes, scale and zero of one tensor, with the Format that gives them meaning.
 
     codes: ``format.grid.code_dtype`` [*shape[:-1], shape[-1] / grid.width]; scale: float tensor or QTensor of
-    shape ``format.block.scale_shape(shape)``, None for a plain number format; zero: the same shape, or None;
+    shape ``format.block.scale_shape(shape)``, None for a plain number format; zero: the same, or None;
     table: learned points, float tensor or QTensor [tables, grid.entries], where the format has a codebook.
     """
 
     codes: Tensor
     scale: Tensor | QTensor | None
-    zero: Tensor | None
+    zero: Tensor | QTensor | None
     format: Format
     shape: torch.Size
     table: Tensor | QTensor | None = None
@@ -44,7 +44,7 @@ class QTensor:
         if scale is None:
             return unit.to(dtype)
         scale = scale.float().unsqueeze(-1)
-        zero = None if self.zero is None else self.zero.float().unsqueeze(-1)
+        zero = None if self.zero is None else value_of(self.zero).float().unsqueeze(-1)
         blocks = self.format.from_unit(block.split(unit), scale, zero)
         return block.join(blocks, self.shape).to(dtype)
 
@@ -57,8 +57,9 @@ class QTensor:
     def bits_per_weight(self) -> float:
         """Stored bits over elements: codes, scales, zeros, to any depth, densely packed."""
         bits = self.codes.numel() * self.format.grid.bits
-        bits += sum(8 * p.nbytes for p in (self.scale, self.table) if p is not None)
-        if self.zero is not None:
+        parts = (self.scale, self.table, self.zero if isinstance(self.zero, QTensor) else None)
+        bits += sum(8 * p.nbytes for p in parts if p is not None)
+        if isinstance(self.zero, Tensor):
             bits += self.format.zero_bits * self.zero.numel()
         return bits / math.prod(self.shape)
 

@@ -5,7 +5,8 @@ A quantized module X holds, instead of ``X.weight``,
     X.codes   uint8 [..., ceil(in * b / 8)]  unsigned fields of b bits, least significant first, row by row
     X.scale   the steps in their own dtype; where a step is itself quantized X.scale_codes, X.scale_scale, ...
     X.table   learned points [tables, entries], stored like the steps: X.table, or X.table_codes, ...
-    X.zero    integer zeros packed like codes along the last axis; float zeros and offsets in their own dtype
+    X.zero    integer zeros packed like codes along the last axis; float zeros and offsets in their own dtype,
+              or where they are coded X.zero_codes, X.zero_scale
 
 and config.json says once which Formats there are and which module has which:
 
@@ -141,7 +142,9 @@ def layout(
         out[f"{prefix}scale"] = (blocks, _NATIVE[format.scale.grid.name])
     else:
         out |= layout(format.scale, blocks, f"{prefix}scale_")
-    if format.zero is Zero.INTEGER:
+    if format.offsets is not None:
+        out |= layout(format.offsets, blocks, f"{prefix}zero_")
+    elif format.zero is Zero.INTEGER:
         out[f"{prefix}zero"] = (_packed_shape(blocks, format.grid.bits), torch.uint8)
     elif format.zero is not Zero.NONE:
         out[f"{prefix}zero"] = (() if format.zero is Zero.MEAN else blocks, format.zero_dtype)
@@ -164,14 +167,13 @@ def _packed_shape(shape: Shape, bits: int) -> Shape:
 
 def _pack_all(q: QTensor, prefix: str) -> dict[str, Tensor]:
     out = {f"{prefix}codes": _pack(q.format.grid, q.codes)}
-    for name, part in (("scale", q.scale), ("table", q.table)):
+    whole = q.format.zero is Zero.INTEGER
+    zero = _pack(q.format.grid, q.zero) if whole else q.zero
+    for name, part in (("scale", q.scale), ("table", q.table), ("zero", zero)):
         if isinstance(part, QTensor):
             out |= _pack_all(part, f"{prefix}{name}_")
         elif part is not None:
             out[f"{prefix}{name}"] = part.contiguous()
-    if q.zero is not None:
-        whole = q.format.zero is Zero.INTEGER
-        out[f"{prefix}zero"] = _pack(q.format.grid, q.zero) if whole else q.zero.contiguous()
     return out
 
 
@@ -188,7 +190,9 @@ def _unpack_all(tensors: Mapping[str, Tensor], format: Format, shape: torch.Size
             scale = tensors[f"{prefix}scale"]
         else:
             scale = _unpack_all(tensors, format.scale, blocks, f"{prefix}scale_")
-        if format.zero is not Zero.NONE:
+        if format.offsets is not None:
+            zero = _unpack_all(tensors, format.offsets, blocks, f"{prefix}zero_")
+        elif format.zero is not Zero.NONE:
             zero = tensors[f"{prefix}zero"]
             zero = _unpack(format.grid, zero, blocks) if format.zero is Zero.INTEGER else zero
     return QTensor(codes=codes, scale=scale, zero=zero, format=format, shape=shape, table=table)

@@ -157,15 +157,13 @@ def change_input(change: Callable[[Tensor], Tensor], args: tuple, kwargs: dict) 
 
 
 def _flatten(q: QTensor, prefix: str = "") -> dict[str, Tensor]:
-    """Every tensor of a QTensor under its name: codes, scale or scale_..., zero."""
+    """Every tensor of a QTensor under its name: codes, scale or scale_..., zero or zero_...."""
     out = {f"{prefix}codes": q.codes}
-    for name, part in (("scale", q.scale), ("table", q.table)):
+    for name, part in (("scale", q.scale), ("table", q.table), ("zero", q.zero)):
         if isinstance(part, QTensor):
             out |= _flatten(part, f"{prefix}{name}_")
         elif part is not None:
             out[f"{prefix}{name}"] = part
-    if q.zero is not None:
-        out[f"{prefix}zero"] = q.zero
     return out
 
 
@@ -180,4 +178,7 @@ def _gather(format: Format, shape: torch.Size, tensors: dict[str, Tensor], prefi
         kept = torch.Size(format.codebook.shape(format.grid, shape))
         table = _gather(format.codebook.store, kept, tensors, f"{prefix}table_")
     codes, zero = tensors[f"{prefix}codes"], tensors.get(f"{prefix}zero")
+    if format.offsets is not None:
+        blocks = torch.Size(format.block.scale_shape(shape))
+        zero = _gather(format.offsets, blocks, tensors, f"{prefix}zero_")
     return QTensor(codes=codes, scale=scale, zero=zero, format=format, shape=shape, table=table)

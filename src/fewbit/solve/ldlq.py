@@ -71,8 +71,7 @@ class Ldlq(Solver):
         if self.act_order and not self.static_groups:
             raise InputError(
                 "act_order with static_groups=false would need a gather index (g_idx) that no engine reads "
-                "any more; "
-                "set static_groups=true or act_order=false"
+                "any more; set static_groups=true or act_order=false"
             )
 
     @property
