@@ -2,10 +2,10 @@
 
     python benchmarks/pareto.py
 
-Measures nothing: it draws the rows of benchmarks/results/methods.json (those with planted outliers are of
-another model, and stay out) and the peers' results in benchmarks/results/against_peers.json, which are of the
-same evaluation, and prints the front: the rows that no other row beats in both bits and KL. The ground is
-left transparent, and the colours can be read on white and on black.
+Measures nothing: it draws the rows that benchmarks/methods.py put into benchmarks/results/methods, and the
+peers' results in benchmarks/results/against_peers.json, which are of the same evaluation, and prints the
+front: the rows that no other row beats in both bits and KL. The ground is left transparent, and the colours
+can be read on white and on black.
 """
 
 import json
@@ -24,9 +24,8 @@ Point = tuple[float, float, str]
 
 def ours() -> list[Point]:
     """(bits, KL, name) of fewbit's rows."""
-    rows = json.loads((ROOT / "results" / "methods.json").read_text())
-    keys = [key for key in rows if "/" in key and not key.startswith("planted/")]
-    return [(rows[k]["bits"], rows[k]["kl"], k.partition("/")[2]) for k in keys]
+    rows = json.loads((ROOT / "results" / "methods" / "results.json").read_text())["rows"]
+    return [(row["bits"], row["kl"], row["name"]) for row in rows if row["error"] is None]
 
 
 def theirs() -> list[Point]:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from fewbit.compare import run as module
 from fewbit.compare import worker
+from fewbit.compare.processes import Processes
 from fewbit.errors import InputError
 
 SMALL = ("--samples", 4, "--seqlen", 32, "--window", 32, "--windows", 2)
@@ -15,13 +15,13 @@ SMALL = ("--samples", 4, "--seqlen", 32, "--window", 32, "--windows", 2)
 def here(monkeypatch):
     """Rows are made in this process, which has imported everything."""
 
-    def work(job, watch):
+    def work(self, job, step):
         try:
-            return "row", worker.run(job, lambda kind, *said: watch.step(*said))
+            return "row", worker.run(job, lambda kind, *said: step(*said))
         except InputError as error:
             return "failed", str(error)
 
-    monkeypatch.setattr(module, "_worker", work)
+    monkeypatch.setattr(Processes, "run", work)
 
 
 def test_a_table_a_report_and_figures(fewbit, llama, tmp_path):
@@ -77,10 +77,10 @@ def test_wrong_arguments_are_one_sentence_before_any_work(fewbit, llama, tmp_pat
 
 
 def test_an_interruption_says_that_the_same_command_goes_on(fewbit, llama, monkeypatch):
-    def interrupted(job, watch):
+    def interrupted(self, job, step):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_worker", interrupted)
+    monkeypatch.setattr(Processes, "run", interrupted)
     ran = fewbit("compare", llama, "-r", "nf4", *SMALL)
     assert ran.code == 130
     assert "goes on from the last finished row" in ran.err

@@ -6,8 +6,8 @@ import json
 import pytest
 
 import fewbit
-from fewbit.compare import Entry, Setup, Watch, compare, from_words, worker
-from fewbit.compare import run as module
+from fewbit.compare import Entry, Setup, Watch, compare, from_words, processes, worker
+from fewbit.compare.processes import Processes
 from fewbit.errors import InputError
 from fewbit.evaluate import Protocol, windows
 from fewbit.io.source import open_source
@@ -30,7 +30,7 @@ class Seen(Watch):
     def row(self, number, total, name):
         self.begun.append(name)
 
-    def step(self, what, done, total):
+    def step(self, name, what, done, total):
         self.steps.append((what, done, total))
 
     def done(self, row, kept):
@@ -48,14 +48,14 @@ def here(monkeypatch):
     """Rows are made in this process, which has imported everything; counts them."""
     made = []
 
-    def work(job, watch):
+    def work(self, job, step):
         made.append(job["recipe"])
         try:
-            return "row", json.loads(json.dumps(worker.run(job, lambda kind, *said: watch.step(*said))))
+            return "row", json.loads(json.dumps(worker.run(job, lambda kind, *said: step(*said))))
         except InputError as error:
             return "failed", str(error)
 
-    monkeypatch.setattr(module, "_worker", work)
+    monkeypatch.setattr(Processes, "run", work)
     return made
 
 
@@ -64,7 +64,7 @@ def fake(monkeypatch):
     """Rows cost nothing: figures are those of the recipe's text. Raises what is put into the list."""
     raised = []
 
-    def work(job, watch):
+    def work(self, job, step):
         text = job["recipe"]
         if text is None:
             return "row", {"bits": 32.0, "perplexity": 1.0}
@@ -72,7 +72,7 @@ def fake(monkeypatch):
             raise KeyboardInterrupt
         return "row", {"bits": 4.0, "kl": sum(text.encode()) / 1e6, "perplexity": 2.0}
 
-    monkeypatch.setattr(module, "_worker", work)
+    monkeypatch.setattr(Processes, "run", work)
     return raised
 
 
@@ -150,14 +150,14 @@ def test_a_process_that_is_killed_is_a_failed_row(tmp_path, monkeypatch):
     script = tmp_path / "python"
     script.write_text('#!/bin/sh\ncat > /dev/null\necho \'["step", "block", 1, 2]\'\nkill -9 $$\n')
     script.chmod(0o755)
-    monkeypatch.setattr(module.sys, "executable", str(script))
-    seen = Seen()
-    kind, said = module._worker({}, seen)
-    assert (kind, seen.steps) == ("failed", [("block", 1, 2)])
+    monkeypatch.setattr(processes.sys, "executable", str(script))
+    steps = []
+    kind, said = Processes(1).run({}, lambda *said: steps.append(said))
+    assert (kind, steps) == ("failed", [("block", 1, 2)])
     assert "SIGKILL" in said
     assert "memory" in said
     script.write_text("#!/bin/sh\ncat > /dev/null\nexit 3\n")
-    assert "code 3" in module._worker({}, seen)[1]
+    assert "code 3" in Processes(1).run({}, print)[1]
 
 
 def test_tasks_are_paired_with_the_original(setup, here, tmp_path):

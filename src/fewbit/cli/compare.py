@@ -44,6 +44,34 @@ def compare(
         list[Path] | None,
         typer.Option("--recipe-file", metavar="FILE", help="A recipe as YAML; may be given many times."),
     ] = None,
+    row_files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--rows",
+            metavar="FILE",
+            help="Many rows as YAML: headings, and under each names with a recipe in the words of -r or as a "
+            "file; may be given many times.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(metavar="N", help="Rows at a time, each in a process of its own.")
+    ] = 1,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="Measure only rows whose heading/name holds this, or another of these."
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="Measure no row whose heading/name holds this; may be given again."
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(metavar="M", help="Begin no row after these; 0: measure nothing, show what is there."),
+    ] = None,
     calibration: CalibrationText = options.EMBEDDED,
     samples: Samples = options.SAMPLES,
     seqlen: Seqlen = options.SEQLEN,
@@ -77,6 +105,15 @@ def compare(
             show_default="compare-MODEL",
         ),
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--markdown",
+            metavar="FILE",
+            help="Write the tables into this page too, between <!-- fewbit compare: FOLDER --> and "
+            "<!-- end -->, FOLDER being the name of the one of -o.",
+        ),
+    ] = None,
     device: Device = None,
     dtype: Dtype = DtypeName.AUTO,
     as_json: Json = False,
@@ -89,15 +126,18 @@ def compare(
     reason, and the exit code is 1.
     """
     options.prepare(verbose)
-    from fewbit.compare import Setup, from_file, from_words
+    from fewbit.compare import Schedule, Setup, from_file, from_rows, from_words
     from fewbit.compare import compare as run
+    from fewbit.compare.markdown import check_page, publish
     from fewbit.compare.page import FILE, report
     from fewbit.evaluate import Protocol
     from fewbit.io.text import Join
     from fewbit.report import write
     from fewbit.stream.data import Calibration
 
+    schedule = Schedule(workers=workers, minutes=minutes, only=tuple(only or ()), skip=tuple(skip or ()))
     entries = [from_words(text) for text in recipes or ()] + [from_file(path) for path in recipe_files or ()]
+    entries += [entry for path in row_files or () for entry in from_rows(path)]
     setup = Setup(
         model=model,
         calibration=Calibration(source=calibration, samples=samples, seqlen=seqlen, seed=seed),
@@ -111,8 +151,12 @@ def compare(
         dtype=options.dtype_of(dtype),
     )
     folder = output or Path(f"compare-{Path(model).stem or 'model'}")
-    found = run(setup, entries, folder, _watch())
+    if page is not None:
+        check_page(page, folder.name)
+    found = run(setup, entries, folder, _watch(workers), schedule)
     write(folder / FILE, report(found))
+    if page is not None:
+        publish(page, folder.name, found)
     if as_json:
         from fewbit.cli.show import print_json
 
@@ -123,31 +167,44 @@ def compare(
         raise typer.Exit(1)
 
 
-def _watch() -> Any:
-    """Rows and their steps on standard error."""
+def _watch(workers: int) -> Any:
+    """Rows on standard error, and their steps where one is at work at a time."""
+    from time import perf_counter
+
     from fewbit.cli.progress import Windows
-    from fewbit.cli.show import number
+    from fewbit.cli.show import duration, number
     from fewbit.compare import Watch
 
     class Lines(Watch):
         def __init__(self) -> None:
             self._steps: dict[str, Windows] = {}
+            self._start, self._total, self._finished = perf_counter(), 0, 0
 
         def row(self, number: int, total: int, name: str) -> None:
-            self._steps = {}
+            self._steps, self._total = {}, total
             options.note(f"[{number}/{total}] {name}")
 
-        def step(self, what: str, done: int, total: int) -> None:
-            if what == "block" or sys.stderr.isatty():  # in a log, the rest is over soon
+        def step(self, name: str, what: str, done: int, total: int) -> None:
+            if workers == 1 and (what == "block" or sys.stderr.isatty()):  # in a log, the rest is over soon
                 self._steps.setdefault(what, Windows(f"  {what}"))(done, total)
 
         def done(self, row: Row, kept: bool) -> None:
+            if kept:
+                options.note(f"{row.title}: measured before")
+                return
+            self._finished += 1
+            said = f"{row.title}: " if workers > 1 else ""
             if row.error is not None:
-                options.note(f"  failed: {row.error}")
-            elif kept:
-                options.note(f"{row.name}: measured before")
+                options.note(f"  {said}failed: {row.error}")
             elif row.kl is not None:
-                options.note(f"  {row.bits:.3f} bits, KL {number(row.kl)}")
+                options.note(f"  {said}{row.bits:.3f} bits, KL {number(row.kl)}{self._left()}")
+
+        def _left(self) -> str:
+            """What the rows to come will take, if each takes what those before it took."""
+            if self._finished == self._total:
+                return ""
+            seconds = (perf_counter() - self._start) / self._finished * (self._total - self._finished)
+            return f"; {self._finished} of {self._total} rows, about {duration(seconds)} left"
 
     return Lines()
 
@@ -158,12 +215,11 @@ def _show(found: Comparison, folder: Path) -> None:
     from fewbit.compare import front
     from fewbit.compare.page import FILE, asked
 
-    best = {row.name for row in front(found.rows)}
+    best = {row.title for row in front(found.rows)}
     names = list(dict.fromkeys(t["task"] for t in found.original.tasks))
-    clock = not found.setup["device"].startswith("cpu")
     columns = ["", "recipe", ">bits", ">size", ">perplexity", ">KL", ">+-", ">top-1 %"]
-    columns += [*(f">{name} %" for name in names), ">clock s" if clock else ">CPU s", ">memory"]
-    cells = [_cells(row, row.name in best, names, clock) for row in (*found.by_bits, found.original)]
+    columns += [*(f">{name} %" for name in names), ">s", ">memory", "on"]
+    cells = [_cells(row, row.title in best, names) for row in (*found.by_bits, found.original)]
     table(columns, cells, sys.stdout)
     print()
     _show_tasks(found)
@@ -180,7 +236,10 @@ def _show(found: Comparison, folder: Path) -> None:
     ]
     if found.setup["tasks"]:
         rows.append(("tasks", asked(found.setup)))
-    rows += [("failed", f"{row.name}: {row.error}") for row in found.failed]
+    rows.append(("", "s: of the processor on a CPU, all threads; by the clock on a GPU"))
+    rows += [("failed", f"{row.title}: {row.error}") for row in found.failed]
+    if found.missing:
+        rows.append(("missing", f"{'; '.join(found.missing)}: the same command measures them"))
     cut = max((row.cut for row in found.rows), default=0)
     if cut:
         rows.append(("mind", f"{number(cut)} requests of tasks are longer than the context: cut in front"))
@@ -188,25 +247,25 @@ def _show(found: Comparison, folder: Path) -> None:
     facts(rows, sys.stdout)
 
 
-def _cells(row: Row, best: bool, names: list[str], clock: bool) -> list[str]:
+def _cells(row: Row, best: bool, names: list[str]) -> list[str]:
     from fewbit.cli.show import number, size
 
     if row.error is not None:
-        return ["", row.name, *["-"] * (8 + len(names))]
-    seconds = row.wall_seconds if clock else row.cpu_seconds
+        return ["", row.title, *["-"] * (9 + len(names))]
     by_name = {task["task"]: task for task in reversed(row.tasks)}  # the first metric of each
     return [
         "*" if best else "",
-        row.name,
+        row.title,
         f"{row.bits:.3f}",
-        size(row.size_bytes),
+        "-" if row.size_bytes is None else size(row.size_bytes),
         number(row.perplexity),
         number(row.kl),
         "-" if row.kl_error is None else f"{row.kl_error:.2g}",
         "-" if row.top1 is None else f"{100 * row.top1:.1f}",
         *(_share(by_name.get(name)) for name in names),
-        "-" if seconds is None else f"{seconds:.0f}",
+        "-" if row.seconds is None else f"{row.seconds:.0f}",
         "-" if row.peak_bytes is None else size(row.peak_bytes),
+        row.on or "-",
     ]
 
 
@@ -228,7 +287,7 @@ def _show_tasks(found: Comparison) -> None:
             turned = ["-" if t[way] is None else str(len(t[way])) for way in ("lost", "gained")]
             old = "-" if t["original"] is None else score_cells(t["original"], t["original_error"])[0]
             score = score_cells(t["value"], t["error"])
-            cells.append([row.name, t["task"], t["metric"], *score, old, *turned, number(t["p"])])
+            cells.append([row.title, t["task"], t["metric"], *score, old, *turned, number(t["p"])])
     if cells:
         table(columns, cells, sys.stdout)
         print()

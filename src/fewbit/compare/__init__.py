@@ -8,12 +8,17 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from fewbit.compare.listed import from_rows
 from fewbit.compare.rows import Comparison, Row, front
 from fewbit.compare.run import Watch, compare
+from fewbit.compare.schedule import Schedule
 from fewbit.compare.setup import Setup
 from fewbit.recipe.entry import Entry, from_file, from_words
 
-__all__ = ["Comparison", "Entry", "Row", "Setup", "Watch", "compare", "from_file", "from_words", "front"]
+__all__ = [
+    "Comparison", "Entry", "Row", "Schedule", "Setup", "Watch", "compare", "from_file", "from_rows",
+    "from_words", "front",
+]  # fmt: skip
 
 
 class _Module(ModuleType):

@@ -7,15 +7,19 @@ KLs that differ by less than their errors are still ordered: the errors stand be
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fewbit
 from fewbit.errors import InputError
+from fewbit.recipe import Recipe, from_yaml
 from fewbit.stream.job import write_text
 
 RESULTS = "results.json"
+CPU = "CPU"
 _FORMAT = "fewbit compare 1"
 
 
@@ -51,6 +55,25 @@ class Row:
     wall_seconds: float | None = None
     peak_bytes: int | None = None
     checkpoint: str | None = None
+    heading: str = ""
+    terms: str = ""
+    on: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Heading and name in one."""
+        return f"{self.heading}/{self.name}" if self.heading else self.name
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the processor on a CPU, by the clock elsewhere."""
+        return self.cpu_seconds if self.on in (None, CPU) else self.wall_seconds
+
+    @property
+    def by_this_version(self) -> bool:
+        """Whether this version of fewbit measured it."""
+        return self.versions.get("fewbit") == fewbit.__version__
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -60,13 +83,14 @@ class Row:
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What was asked for, in that order. ``setup``: plain data for people; ``kept``: rows of earlier calls
-    into the same folder that were not asked for now.
+    into the same folder that are not shown now; ``missing``: titles of what no row is there for.
     """
 
     setup: dict[str, Any]
     original: Row
     rows: tuple[Row, ...]
     kept: tuple[Row, ...] = ()
+    missing: tuple[str, ...] = ()
 
     @property
     def by_bits(self) -> list[Row]:
@@ -85,7 +109,8 @@ class Comparison:
             "setup": self.setup,
             "original": self.original.as_dict(),
             "rows": [row.as_dict() for row in self.rows],
-            "front": [row.name for row in front(self.rows)],
+            "front": [row.title for row in front(self.rows)],
+            "missing": list(self.missing),
             "kept": [row.as_dict() for row in self.kept],
         }
 
@@ -122,3 +147,28 @@ def read_rows(folder: Path) -> dict[str, Row]:
             f"{path} is not what fewbit compare writes; choose another folder with -o, or remove it"
         ) from None
     return {row.key: row for row in rows if row.error is None}
+
+
+def stand_in(known: Iterable[tuple[Row, Recipe | None]], recipe: Recipe | None, terms: str) -> Row | None:
+    """The row of the same recipe under the same terms that was measured elsewhere or by other versions.
+
+    Of several the one by this version of fewbit, then the one of a GPU, then the last.
+    """
+    best = None
+    for row, own in known:
+        if row.terms == terms and own == recipe and (best is None or _rank(row) >= _rank(best)):
+            best = row
+    return best
+
+
+def _rank(row: Row) -> tuple[bool, bool]:
+    return row.by_this_version, row.on != CPU
+
+
+def parsed(rows: Iterable[Row]) -> list[tuple[Row, Recipe | None]]:
+    """Rows beside their recipes, None for an original's; without those whose recipe is not read any more."""
+    found = []
+    for row in rows:
+        with suppress(InputError):
+            found.append((row, None if row.recipe is None else from_yaml(row.recipe)))
+    return found

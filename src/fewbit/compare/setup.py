@@ -2,7 +2,8 @@
 
 A row is the same when its recipe, the model, the calibration tokens, the evaluation windows, the questions of
 the tasks, the kind of device, the dtype and the versions of the packages that compute are the same. Texts and
-questions count by what they say and not by what their files are called.
+questions count by what they say and not by what their files are called. What remains without device, dtype
+and versions are the terms: rows that share them may stand in one table.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fewbit.errors import InputError
 from fewbit.evaluate import Protocol, windows
+from fewbit.io.base import content_hash
 from fewbit.io.source import open_source
 from fewbit.io.text import HELD_OUT, read_text
 from fewbit.recipe import Recipe
@@ -48,18 +50,32 @@ class Setup:
 @dataclass(frozen=True, kw_only=True)
 class Ready:
     """A setup that has been found sound. ``tokens``: the windows [w, l] of evaluation; ``identity``: plain
-    data that is equal for equal setups; ``text``: the name of the evaluation text.
+    data that is equal for equal setups; ``weights``: of the model's weight files alone, since each version of
+    transformers writes another config beside them; ``text``: the name of the evaluation text.
     """
 
     setup: Setup
     tokens: Tensor
     text: str
     identity: dict[str, Any]
+    weights: str
 
     def key(self, recipe: Recipe | None) -> str:
         """SHA-256 in hex of all that a row depends on; None: the row of the original."""
         said = [self.identity, None if recipe is None else recipe.to_yaml()]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        return _digest(said)
+
+    @property
+    def terms(self) -> str:
+        """SHA-256 in hex of weights, calibration, evaluation and questions: what rows of several devices and
+        versions share that may stand side by side.
+        """
+        said = {key: self.identity[key] for key in ("calibration", "evaluation", "tasks")}
+        return _digest(said | {"weights": self.weights})
+
+
+def _digest(said: Any) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def make_ready(setup: Setup) -> Ready:
@@ -78,7 +94,9 @@ def make_ready(setup: Setup) -> Ready:
         "dtype": str(setup.dtype),
         "versions": _versions(),
     }
-    return Ready(setup=setup, tokens=tokens, text=text.name, identity=identity)
+    files = getattr(source, "files", None) or [source.path]  # of a folder, or the one GGUF file
+    weights = content_hash((path.name, path, 0) for path in files)
+    return Ready(setup=setup, tokens=tokens, text=text.name, identity=identity, weights=weights)
 
 
 def _tasks(setup: Setup) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from fewbit.compare.rows import CPU
 from fewbit.errors import InputError
 from fewbit.stream.progress import Progress
 
@@ -49,6 +50,16 @@ def peak_bytes(device: str) -> int:
     except (OSError, KeyError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def device_name(device: str) -> str:
+    """CPU, or a GPU's name without its maker and memory: H100."""
+    import torch
+
+    if torch.device(device).type == "cpu":
+        return CPU
+    words = torch.cuda.get_device_name(device).split()
+    return next((word for word in words if any(c.isdigit() for c in word)), words[-1])
 
 
 def cpu_seconds() -> float:
@@ -139,10 +150,11 @@ def original_size(model: str) -> dict[str, Any]:
 
 def run(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     """The figures of one row."""
+    on = {"on": device_name(job["device"])}
     if job["recipe"] is None:
-        return original_size(job["model"]) | judged(job, job["model"], None, tell)
+        return on | original_size(job["model"]) | judged(job, job["model"], None, tell)
     out = Path(job["folder"]) / "checkpoint"
-    figures = quantized(job, out, tell)
+    figures = on | quantized(job, out, tell)
     figures |= judged(job, out, job["model"], tell)
     shutil.rmtree(out)
     return figures

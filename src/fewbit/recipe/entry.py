@@ -13,11 +13,19 @@ from fewbit.recipe.recipe import Recipe, from_yaml
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """``name``: what its row is called; ``words``: the options of ``fewbit quantize`` that ask for it."""
+    """``name``: what its row is called; ``words``: the options of ``fewbit quantize`` that ask for it;
+    ``heading``: of the table that the row belongs to.
+    """
 
     name: str
     recipe: Recipe
     words: str
+    heading: str = ""
+
+    @property
+    def title(self) -> str:
+        """Heading and name in one: ``4 bit/GPTQ, symmetric``."""
+        return f"{self.heading}/{self.name}" if self.heading else self.name
 
 
 def from_words(text: str) -> Entry:
