@@ -2,8 +2,15 @@
 
 ``Checkpoint`` presents the original names: ``tensors()`` lists ``X.weight`` with the shape it had before, and
 ``read`` dequantizes it. Whatever consumes a Source (evaluation, verification, quantizing once more) so
-consumes a checkpoint, and what wants the codes asks ``read_qtensor``. Two layouts are read, told apart by
-``quant_method`` in config.json: fewbit's own (``fewbit.io.native``) and compressed-tensors.
+consumes a checkpoint, and what wants the codes asks ``read_qtensor``. Layouts are told apart by
+``quant_method`` in config.json (``CODECS``): fewbit's own, compressed-tensors, GPTQ, AWQ, bitsandbytes and
+FP8. A codec is a module, or a frozen object, with the functions
+
+    entries(config, infos, read)    Entry of each quantized module, from configuration, headers, small tensors
+    names(module, *entry.stored)    which tensors hold it; ``optional``: those that may be there, too
+    from_dict, to_dict              between these tensors and a QTensor (or Split-, OrderedTensor)
+    quantization_config(...)        what config.json says;  holds(format, ...): why a weight cannot be held
+    input_names                     its names of static steps where they are not those of ``fewbit.io.inputs``
 """
 
 from __future__ import annotations
@@ -21,13 +28,32 @@ from fewbit.errors import InputError, WriteError
 from fewbit.format.format import Format, Params
 from fewbit.format.qtensor import QTensor
 from fewbit.format.split import SplitTensor
-from fewbit.io import compressed_tensors, inputs, native
+from fewbit.io import awq, bitsandbytes, compressed_tensors, fp8, gptq, inputs, native
 from fewbit.io.native import Entry
+from fewbit.io.ordered import OrderedTensor
 from fewbit.io.sites import SiteEntry
 from fewbit.io.source import SafetensorsSource, TensorInfo
 from fewbit.nn.sites import Quantizer
 
-CODECS = {native.QUANT_METHOD: native, compressed_tensors.QUANT_METHOD: compressed_tensors}
+CODECS = {
+    native.QUANT_METHOD: native,
+    compressed_tensors.QUANT_METHOD: compressed_tensors,
+    "gptq": gptq,
+    "awq": awq,
+    "bitsandbytes": bitsandbytes,
+    "fp8": fp8,
+}
+
+
+def codec_of(config: Mapping, name: str):
+    """What reads the layout that a ``quantization_config`` names; ``name`` of the model, for the error."""
+    method = config.get("quant_method")
+    if method not in CODECS:
+        raise InputError(
+            f"{name} is quantized with {method!r}, which is not read; give the unquantized model, or a "
+            f"checkpoint of {', '.join(CODECS)}"
+        )
+    return gptq.of_config(config) if method == "gptq" else CODECS[method]
 
 
 def open_folder(folder: Path, name: str) -> SafetensorsSource:
@@ -48,7 +74,7 @@ def _quantization_config(folder: Path) -> dict:
 
 
 class Checkpoint(SafetensorsSource):
-    """A folder whose config.json has a ``quantization_config`` of fewbit or compressed-tensors.
+    """A folder whose config.json has a ``quantization_config`` that a codec reads.
 
     Names are those of the checkpoint: a module X is quantized when ``X`` is in ``formats``.
     """
@@ -57,15 +83,9 @@ class Checkpoint(SafetensorsSource):
         """Reads headers and shapes only. Raises ``InputError`` for an unknown layout or a missing tensor."""
         super().__init__(folder, name)
         self.quantization_config = _quantization_config(folder)
-        method = self.quantization_config.get("quant_method")
-        if method not in CODECS:
-            raise InputError(
-                f"{name} is quantized with {method!r}, which is not read; give the unquantized model, or a "
-                f"checkpoint of {' or '.join(CODECS)}"
-            )
-        self._codec = CODECS[method]
-        self.entries: dict[str, Entry] = (
-            self._native() if self._codec is native else self._compressed_tensors()
+        self._codec = codec_of(self.quantization_config, name)
+        self.entries: dict[str, Entry] = self._codec.entries(
+            self.quantization_config, self._infos, super().read
         )
         self.sites: tuple[SiteEntry, ...] = ()
         if self._codec is native:
@@ -85,7 +105,7 @@ class Checkpoint(SafetensorsSource):
         bits = sum(n[m] * e.bits_per_weight for m, e in self.entries.items())
         return (bits + 8 * sum(s.nbytes for s in self.sites)) / sum(n.values())
 
-    def read_qtensor(self, module: str) -> QTensor | SplitTensor:
+    def read_qtensor(self, module: str) -> QTensor | SplitTensor | OrderedTensor:
         """The quantized weight [out, in] of ``module``, on the CPU. KeyError where there is none."""
         stored = super().read(self._parts[module])
         return self._codec.from_dict(module, stored, *self.entries[module].stored)
@@ -100,8 +120,9 @@ class Checkpoint(SafetensorsSource):
     def read_input(self, module: str) -> Params | None:
         """Static steps of the input of ``module``, on the CPU; None where it is dynamic or not quantized."""
         entry = self.entries[module]
-        names = [f"{module}.{n}" for n in inputs.layout(entry.activation, entry.shape[1])]
-        return inputs.from_dict(module, super().read(names), entry.activation, entry.shape[1])
+        names = self._input_names(module, entry)
+        stored = {own: tensor for name, tensor in super().read(names).items() for own in [names[name]]}
+        return inputs.from_dict(module, stored, entry.activation, entry.shape[1])
 
     def read_site(self, entry: SiteEntry) -> Quantizer:
         """The quantizer of a site, on the CPU."""
@@ -147,36 +168,17 @@ class Checkpoint(SafetensorsSource):
             out[name] = weight.T.contiguous() if self.entries[module].transposed else weight
         return out
 
-    # -- the two layouts --
-
-    def _native(self) -> dict[str, Entry]:
-        return native.entries_from_config(self.quantization_config)
-
-    def _compressed_tensors(self) -> dict[str, Entry]:
-        """Quantized are the modules that have a ``weight_scale``; the shape of packed ones is in the file."""
-        dtypes = {
-            name.removesuffix(".weight_scale"): info.dtype
-            for name, info in self._infos.items()
-            if name.endswith(".weight_scale")
-        }
-        formats = compressed_tensors.formats_from_config(self.quantization_config, dtypes)
-        shapes = super().read(f"{m}.weight_shape" for m in formats if f"{m}.weight_shape" in self._infos)
-        out = {}
-        for module, format in formats.items():
-            packed, plain = shapes.get(f"{module}.weight_shape"), self._infos.get(f"{module}.weight")
-            if packed is None and plain is None:
-                raise InputError(
-                    f"{self.name} has no tensor {module}.weight_shape; the checkpoint is incomplete"
-                )
-            out[module] = Entry(
-                format=format, shape=plain.shape if packed is None else tuple(packed.tolist())
-            )
-        return out
-
     def _stored_names(self, module: str, entry: Entry) -> list[str]:
         parts = self._codec.names(module, *entry.stored)
-        parts += [f"{module}.{n}" for n in inputs.layout(entry.activation, entry.shape[1])]
-        return self._all_there(parts)
+        parts += self._input_names(module, entry)
+        there = [f"{module}.{n}" for n in self._codec.optional]
+        return self._all_there(parts) + [n for n in there if n in self._infos and n not in parts]
+
+    def _input_names(self, module: str, entry: Entry) -> dict[str, str]:
+        """Stored name -> fewbit's name of what is kept of a module's input."""
+        other = self._codec.input_names
+        own = inputs.layout(entry.activation, entry.shape[1])
+        return {f"{module}.{other.get(n, n)}": f"{module}.{n}" for n in own}
 
     def _all_there(self, parts: list[str]) -> list[str]:
         missing = [part for part in parts if part not in self._infos]

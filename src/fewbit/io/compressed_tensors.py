@@ -18,7 +18,7 @@ used here; a test compares the words bit by bit).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from fewbit.format.bits import pack, row_bytes, unpack
 from fewbit.format.format import Format, Zero
 from fewbit.format.qtensor import QTensor
 from fewbit.grid.integer import Int
+from fewbit.io.base import TensorInfo
 from fewbit.io.compressed_config import (
     E4M3,
     QUANT_METHOD,
@@ -36,6 +37,8 @@ from fewbit.io.compressed_config import (
     quantization_config,
     refusal,
 )
+from fewbit.io.native import Entry
+from fewbit.io.parts import missing
 
 __all__ = [
     "QUANT_METHOD",
@@ -49,6 +52,26 @@ __all__ = [
 ]
 
 _WORD = 4  # bytes of an int32
+optional, input_names = (), {"input_zero": "input_zero_point"}
+
+
+def entries(config: Mapping, infos: Mapping[str, TensorInfo], read: Callable) -> dict[str, Entry]:
+    """What configuration and headers say of every quantized module, which are those with a ``weight_scale``;
+    the shapes of packed ones are read.
+
+    Raises ``InputError`` for what is not read, and for a module without a shape.
+    """
+    suffix = ".weight_scale"
+    dtypes = {n.removesuffix(suffix): i.dtype for n, i in infos.items() if n.endswith(suffix)}
+    formats = formats_from_config(config, dtypes)
+    shapes = read([f"{m}.weight_shape" for m in formats if f"{m}.weight_shape" in infos])
+    out = {}
+    for module, fmt in formats.items():
+        packed, plain = shapes.get(f"{module}.weight_shape"), infos.get(f"{module}.weight")
+        if packed is None and plain is None:
+            raise missing(f"{module}.weight_shape")
+        out[module] = Entry(format=fmt, shape=plain.shape if packed is None else tuple(packed.tolist()))
+    return out
 
 
 def to_dict(module: str, q: QTensor) -> dict[str, Tensor]:

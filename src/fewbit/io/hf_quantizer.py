@@ -23,6 +23,7 @@ from fewbit.errors import InputError
 from fewbit.format.format import Params
 from fewbit.io import inputs, native
 from fewbit.io.native import QUANT_METHOD, Entry
+from fewbit.io.shell import linear_of, stored_of
 from fewbit.io.sites import SiteEntry
 from fewbit.nn.embedding import QEmbedding
 from fewbit.nn.linear import QLinear
@@ -76,7 +77,7 @@ class FewbitQuantizer(HfQuantizer):
             if isinstance(module, QLinear | QEmbedding):
                 for buffer in module._buffers:
                     state.pop(f"{name}.{buffer}", None)
-                state |= native.to_dict(name, module.qweight)
+                state |= native.to_dict(name, stored_of(module))
             if isinstance(module, QLinear):
                 state |= inputs.to_dict(name, module.params)
         return state, {}
@@ -104,7 +105,7 @@ class _Packed(nn.Module):
 
     def _layout(self) -> dict:
         entry = self.entry
-        weight = native.layout(entry.format, entry.shape, apart=entry.apart)
+        weight = native.layout(entry.format, entry.shape, apart=entry.apart, ordered=entry.ordered)
         return weight | inputs.layout(entry.activation, entry.shape[1])
 
     def open(self, dtype: torch.dtype) -> QLinear | QEmbedding:
@@ -115,14 +116,8 @@ class _Packed(nn.Module):
         weight = native.from_dict("", stored, *entry.stored)
         if self.is_table:
             return QEmbedding(weight, dtype)
-        return QLinear(
-            weight,
-            self.bias,
-            activation=entry.activation,
-            params=inputs.from_dict("", stored, entry.activation, entry.shape[1]),
-            online=entry.online,
-            output=entry.output,
-        )
+        params = inputs.from_dict("", stored, entry.activation, entry.shape[1])
+        return linear_of(weight, self.bias, entry, params)
 
 
 def _unread(entry: SiteEntry) -> Quantizer:

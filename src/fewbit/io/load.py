@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from fewbit.io.checkpoint import Checkpoint
+from fewbit.io.shell import linear_of
 from fewbit.io.skeleton import build_skeleton, materialize, parameter_map
 from fewbit.io.source import Source, open_source
 from fewbit.nn.embedding import QEmbedding
-from fewbit.nn.linear import QLinear
 from fewbit.nn.sites import place
 
 
@@ -39,15 +39,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
             model.set_submodule(name, QEmbedding(q, dtype))
             continue
         params = source.read_input(module)
-        layer = QLinear(
-            q,
-            model.get_submodule(name).bias,
-            activation=entry.activation,
-            params=None if params is None else params.to(device),
-            online=entry.online,
-            output=entry.output,
-        )
-        model.set_submodule(name, layer)
+        params = None if params is None else params.to(device)
+        model.set_submodule(name, linear_of(q, model.get_submodule(name).bias, entry, params))
     rest = [name for name in mapping if name.removesuffix(".weight") not in quantized]
     materialize(model, rest, source, {name: mapping[name] for name in rest}, device, dtype)
     sites = source.sites if isinstance(source, Checkpoint) else ()

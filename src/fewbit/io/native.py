@@ -20,7 +20,8 @@ The shape is [out, in]; ``"transposed": true`` marks a module whose original wei
 ``fewbit.io.inputs``), ``"online"`` a map of the input that comes before, ``"output"`` one whose inverse comes
 after. So a file holds exactly ``QTensor.bits_per_weight``, apart from rows that do not end on a byte. Where
 columns are kept in float (``fewbit.format.split``), their values are ``X.apart`` [out, k], their places
-``X.apart_columns`` int32 [k], and ``"apart"`` says how many.
+``X.apart_columns`` int32 [k], and ``"apart"`` says how many. Where the columns were sorted before their
+groups were cut (``fewbit.io.ordered``), ``X.order`` int32 [in] lists them, and ``"ordered"`` is true.
 
 Road not taken: a file per engine's kernel layout. Kernels repack when they load; files stay canonical.
 """
@@ -43,11 +44,13 @@ from fewbit.format.qtensor import QTensor
 from fewbit.format.split import Apart, SplitTensor
 from fewbit.grid.grid import Grid
 from fewbit.io import inputs
+from fewbit.io.ordered import OrderedTensor
 from fewbit.io.sites import SiteEntry, from_config, to_config
 from fewbit.transform import Hadamard, Kronecker, Map
 
 CLASSES = (*FORMAT_CLASSES, Apart, Hadamard, Kronecker)  # what a configuration may name
 QUANT_METHOD = "fewbit"
+optional, input_names = (), {}
 VERSION = 1
 _NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -67,10 +70,15 @@ class Entry:
     online: Map | None = None
     output: Map | None = None
     apart: Apart | None = None
+    ordered: bool = False
 
     @property
     def stored(self) -> tuple:
-        """Format, shape and, where there are any, columns apart: what ``from_dict`` and ``names`` ask."""
+        """Format, shape and, where there are any, columns apart or in another order: what ``from_dict`` and
+        ``names`` ask.
+        """
+        if self.ordered:
+            return (self.format, self.shape, self.apart, True)
         return (self.format, self.shape) if self.apart is None else (self.format, self.shape, self.apart)
 
     @property
@@ -78,30 +86,38 @@ class Entry:
         """Stored bits per weight; columns kept apart, and static steps or means of the input, counted."""
         bits = inputs.bits(self.activation, self.shape[1])
         bits += 0 if self.apart is None else self.apart.bits(self.shape[0])
+        bits += 32 * self.shape[1] if self.ordered else 0
         return self.format.bits_per_weight(self.shape) + bits / math.prod(self.shape)
 
 
 # -- tensors --
 
 
-def to_dict(module: str, q: QTensor | SplitTensor) -> dict[str, Tensor]:
+def to_dict(module: str, q: QTensor | SplitTensor | OrderedTensor) -> dict[str, Tensor]:
     """The tensors of a file for the quantized weight of ``module``, names as above."""
     parts = {}
     if isinstance(q, SplitTensor):
         parts = {"apart": q.apart.contiguous(), "apart_columns": q.columns.int()}
         q = q.rest
+    elif isinstance(q, OrderedTensor):
+        parts, q = {"order": q.order.int()}, q.rest
     return {f"{module}.{name}": tensor for name, tensor in (_pack_all(q, "") | parts).items()}
 
 
 def from_dict(
-    module: str, tensors: Mapping[str, Tensor], format: Format, shape: Shape, apart: Apart | None = None
-) -> QTensor | SplitTensor:
+    module: str,
+    tensors: Mapping[str, Tensor],
+    format: Format,
+    shape: Shape,
+    apart: Apart | None = None,
+    ordered: bool = False,
+) -> QTensor | SplitTensor | OrderedTensor:
     """Inverse of ``to_dict``; other tensors in the mapping are left alone.
 
     Raises ``InputError`` for a tensor that is missing or not of the shape and dtype that the Format has.
     """
     got = {}
-    for name, (stored, dtype) in layout(format, shape, apart=apart).items():
+    for name, (stored, dtype) in layout(format, shape, apart=apart, ordered=ordered).items():
         tensor = tensors.get(f"{module}.{name}")
         if tensor is None:
             raise InputError(
@@ -115,21 +131,26 @@ def from_dict(
             )
         got[name] = tensor
     q = _unpack_all(got, format, torch.Size(shape), "")
+    if ordered:
+        return OrderedTensor(rest=q, order=got["order"].long())
     if apart is None:
         return q
     return SplitTensor(rest=q, apart=got["apart"], columns=got["apart_columns"].long())
 
 
-def names(module: str, format: Format, shape: Shape, apart: Apart | None = None) -> list[str]:
+def names(
+    module: str, format: Format, shape: Shape, apart: Apart | None = None, ordered: bool = False
+) -> list[str]:
     """Names of the tensors that hold a weight of ``shape`` in ``format``."""
-    return [f"{module}.{name}" for name in layout(format, shape, apart=apart)]
+    return [f"{module}.{name}" for name in layout(format, shape, apart=apart, ordered=ordered)]
 
 
 def layout(
-    format: Format, shape: Shape, prefix: str = "", apart: Apart | None = None
+    format: Format, shape: Shape, prefix: str = "", apart: Apart | None = None, ordered: bool = False
 ) -> dict[str, tuple[Shape, torch.dtype]]:
     """Name (without the module) -> shape and dtype of every stored tensor of a weight of ``shape``."""
     out = {} if apart is None else apart.layout(shape[0])
+    out |= {"order": ((shape[1],), torch.int32)} if ordered else {}
     out |= {f"{prefix}codes": (_packed_shape(_codes_shape(format, shape), format.grid.bits), torch.uint8)}
     if format.codebook is not None:
         own, tables = format.codebook.store, format.codebook.shape(format.grid, shape)
@@ -219,14 +240,18 @@ def quantization_config(entries: Mapping[str, Entry], sites: Sequence[SiteEntry]
     modules = {}
     for name, entry in entries.items():
         modules[name] = {"format": formats.index(entry.format), "shape": list(entry.shape)}
-        if entry.transposed:
-            modules[name]["transposed"] = True
+        modules[name] |= {k: True for k in ("transposed", "ordered") if getattr(entry, k)}
         for key in ("activation", "online", "output", "apart"):
             if getattr(entry, key) is not None:
                 modules[name][key] = to_plain(getattr(entry, key))
     plain = [to_plain(f) for f in formats]
     out = {"quant_method": QUANT_METHOD, "version": VERSION, "formats": plain, "modules": modules}
     return out | to_config(sites)
+
+
+def entries(config: Mapping, infos: Mapping | None = None, read: object = None) -> dict[str, Entry]:
+    """What a configuration says of every quantized module; it says everything."""
+    return entries_from_config(config)
 
 
 def entries_from_config(config: Mapping) -> dict[str, Entry]:
@@ -247,6 +272,7 @@ def entries_from_config(config: Mapping) -> dict[str, Entry]:
                 online=from_plain(m["online"], CLASSES) if "online" in m else None,
                 output=from_plain(m["output"], CLASSES) if "output" in m else None,
                 apart=from_plain(m["apart"], CLASSES) if "apart" in m else None,
+                ordered=m.get("ordered", False),
             )
             for name, m in config["modules"].items()
         }
