@@ -51,7 +51,7 @@ class Encoder:
         plan, device = self.plan, self.plan.device
         dtype = torch.float32 if device == "cpu" else plan.source.dtype
         coded = {f"{layer.module}.weight" for layer in plan.layers}
-        stored = Rounded(plan.source, plan.source.dtype)
+        stored = Rounded(plan.source)
         plain = [n for n in self.mapping if n not in coded]
         materialize(self.model, coded, plan.source, self.mapping, device, dtype)
         materialize(self.model, plain, stored, self.mapping, device, dtype)

@@ -74,7 +74,7 @@ class Loop:
         """Solve and store every block; returns the witness's logits, float32 on the CPU."""
         plan, device = self.plan, self.plan.device
         self.dtype = torch.float32 if device == "cpu" else plan.source.dtype
-        self.stored = Rounded(plan.source, plan.source.dtype)
+        self.stored = Rounded(plan.source)
         inside = tuple(n + "." for n in self.blocks.names)
         outside = [n for n in self.mapping if not n.startswith(inside)]
         materialize(self.model, outside, self.stored, self.mapping, device, self.dtype)
@@ -162,7 +162,7 @@ class Loop:
         """Write solved block i; ``turned``: names of the layers before which an online map runs."""
         tensors = solving.tensors()
         for n in solving.as_stored:
-            tensors[self.mapping[n]] = tensor(self.model, n).detach().to("cpu", self.plan.source.dtype)
+            tensors[self.mapping[n]] = self.stored.as_stored(self.mapping[n], tensor(self.model, n))
         rows = [replace(r, online=r.layer in turned) for r in solving.rows]
         rows.sort(key=lambda r: r.layer)
         self.job.store(i, tensors, rows)

@@ -19,6 +19,7 @@ from fewbit.format import Format
 from fewbit.io import compressed_tensors
 from fewbit.io.skeleton import build_skeleton, parameter_map
 from fewbit.io.source import Source
+from fewbit.nn.experts import is_fused, routers
 from fewbit.recipe import Recipe
 from fewbit.recipe.recipe import Rule
 from fewbit.solve import Need
@@ -158,6 +159,7 @@ def assign(
     inside = {
         f"{b}.{n}": (i, m) for i, b in enumerate(blocks.names) for n, m in linears(blocks.modules[i]).items()
     }
+    _check_experts(blocks)
     for name, module in linears(model).items():
         stored = mapping.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
         if stored.rpartition(".")[2] != name.rpartition(".")[2]:
@@ -185,6 +187,7 @@ def assign(
                 rule=rule,
             )
         )
+    left += [mapping.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight") for n in routers(model)]
     if recipe.embedding is not None:
         layers.append(_table(model, recipe.embedding, mapping))
     for i, rule in enumerate(recipe.rules, 1):
@@ -201,6 +204,18 @@ def assign(
             f"recipe {recipe.name!r} leaves every layer as it is; give a rule with a weight format"
         )
     return layers, left
+
+
+def _check_experts(blocks: Blocks) -> None:
+    """Refuse experts that are no linear layers here: most of the model would stay as it is, unsaid."""
+    for name, block in zip(blocks.names, blocks.modules, strict=True):
+        for n, module in block.named_modules():
+            if is_fused(module):
+                raise InputError(
+                    f"the experts {name}.{n} ({type(module).__name__}) have more to them than gate, up and "
+                    "down matrices, or another transformers is needed to tell; models with such experts are "
+                    "not quantized"
+                )
 
 
 def _table(model: nn.Module, format: Format, mapping: dict[str, str]) -> PlannedLayer:

@@ -14,6 +14,7 @@ from fewbit.io.source import Source
 from fewbit.recipe import Recipe
 from fewbit.recipe.recipe import Rule
 from fewbit.solve import Need
+from fewbit.solve.tune import Tuner
 from fewbit.stream.data import Calibration
 from fewbit.stream.sites import PlannedSite
 from fewbit.transform import Map
@@ -177,6 +178,20 @@ class Plan:
             "seconds": self.seconds,
             "device": self.device,
         }
+
+
+def is_tuned(layer: PlannedLayer) -> bool:
+    """Whether the layer's solver learns from the whole block."""
+    return isinstance(layer.rule.solver, Tuner)
+
+
+def together(group: list[PlannedLayer]) -> list[list[PlannedLayer]]:
+    """Layers with one input and rules that do alike; each alone where it has a choice of its own."""
+    alike: dict[object, list[PlannedLayer]] = {}
+    for layer in group:
+        does = replace(layer.rule, match="*")  # a searched recipe names each layer in a rule of its own
+        alike.setdefault(layer.module if layer.rule.alternatives else does, []).append(layer)
+    return list(alike.values())
 
 
 def needs_of(layers: Iterable[PlannedLayer], recipe: Recipe) -> frozenset[Need]:

@@ -24,6 +24,7 @@ class LayerRow:
     error: float
     tokens: int
     notes: tuple[str, ...] = ()
+    routed: int | None = None  # tokens of the calibration that a router sent to this layer of an expert
     choice: int = 0  # which of the rule's choices the layer got
     online: bool = False  # whether a Hadamard map runs before the layer
     apart: int = 0  # columns of the weight that are kept in float

@@ -176,7 +176,7 @@ def _by_blocks(loop: Loop, tokens: Tensor | None) -> _Made:
     inside = tuple(n + "." for n in loop.blocks.names)
     names = sorted({s for n, s in loop.mapping.items() if not n.startswith(inside)})
     available = plan.source.tensors()
-    outer = Rounded(plan.source, plan.source.dtype).read([n for n in names if n in available])
+    outer = Rounded(plan.source).read([n for n in names if n in available])
     return _Made(
         plan=replace(plan, layers=tuple(loop.done(x) for x in plan.layers)),
         rows=loop.rows,

@@ -11,7 +11,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -20,18 +20,19 @@ from fewbit.errors import InputError
 from fewbit.format import Params, QTensor, Stats
 from fewbit.format.split import Apart, SplitTensor, without
 from fewbit.io import inputs
+from fewbit.nn.experts import Experts, in_experts
 from fewbit.solve import Rtn, SolverWarning
 from fewbit.solve.blocktune import Soft
 from fewbit.solve.calls import Call
-from fewbit.solve.tune import Tuner
 from fewbit.stream.between import make_up
 from fewbit.stream.blocks import set_weight, watch, weight_of
 from fewbit.stream.choose import choose, error, static_params
 from fewbit.stream.fold import Notes, fold_maps
-from fewbit.stream.gather import gather, inputs_of, outside_flow
+from fewbit.stream.gather import block_runs, gather, inputs_of, outside_flow
 from fewbit.stream.let import tune_layers
+from fewbit.stream.mixture import solve_experts
 from fewbit.stream.place import apart_of, as_parameter, in_flow, read_quantized
-from fewbit.stream.planned import Plan, PlannedLayer, codec
+from fewbit.stream.planned import Plan, PlannedLayer, codec, is_tuned, together
 from fewbit.stream.progress import LayerRow, Progress
 from fewbit.stream.suspend import Flow, Stop, advance, wait
 
@@ -63,7 +64,7 @@ class Solving:
         """Fold the recipe's maps, then solve every layer; the quantized weights are in place afterwards."""
         said = self._fold() if self.plan.recipe.transforms else {}
         found = [[f"{self.name}.{n}" for n in g] for g in watch(self.block, self._call)]
-        groups = [[self.layers[m] for m in g if m in self.layers] for g in found]
+        groups = [[x for m in g for x in self._under(m)] for g in found]
         reached = {layer.module for g in groups for layer in g}
         missed = [x for m, x in self.layers.items() if m not in reached and not is_tuned(x)]
         self._tune()
@@ -77,6 +78,29 @@ class Solving:
         for layer in missed:
             self._solve([layer], Stats(), ("never reached by the calibration text: rounded",))
         self.rows = [replace(r, notes=said.get(r.layer, ()) + r.notes) for r in self.rows]
+
+    def _under(self, module: str) -> list[PlannedLayer]:
+        """The planned layers that a name of a group stands for: a linear's, or all of some experts'."""
+        if module not in self._mixtures:
+            return [self.layers[module]] if module in self.layers else []
+        return [x for m, x in self.layers.items() if m.startswith(f"{module}.")]
+
+    @functools.cached_property
+    def _mixtures(self) -> dict[str, Experts]:
+        """Experts of the block by their full names."""
+        return {f"{self.name}.{n}": m for n, m in in_experts(self.block).items()}
+
+    def _mixture(self, group: list[PlannedLayer]) -> str | None:
+        """The name of the experts that a group belongs to, or None."""
+        return next((m for m in self._mixtures if group[0].module.startswith(f"{m}.")), None)
+
+    def _solve_experts(self, name: str, calls: Sequence[Call]) -> None:
+        in_turn = self.plan.depth == "linear" or self.plan.recipe.tuning is not None
+        solve_experts(self._mixtures[name], name, self._unsolved, calls, in_turn, self._solve)
+
+    @property
+    def _unsolved(self) -> dict[str, PlannedLayer]:
+        return {m: x for m, x in self.layers.items() if m not in self.out}
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint stores of the quantized layers."""
@@ -94,6 +118,9 @@ class Solving:
         """Run the block on the guide's tokens."""
         return outside_flow(self.block, self.stop)
 
+    def _runs(self) -> list[Callable[[], object]]:
+        return block_runs(self.block, self.flows)
+
     def _calls(self) -> list[Call]:
         """How each batch calls the block."""
         return [(flow.stop.args, flow.stop.kwargs) for flow in self.flows]
@@ -106,9 +133,7 @@ class Solving:
             {m.removeprefix(prefix): layer for m, layer in self.layers.items()},
             self.plan.recipe.transforms,
             self._call,
-            lambda seen: gather(
-                self.model, self.block, {prefix + n: own for n, own in seen.items()}, self.flows
-            ),
+            lambda seen: gather(self.model, {prefix + n: own for n, own in seen.items()}, self._runs()),
             len(self.flows),
             self.plan.source.dtype,
         )
@@ -116,8 +141,9 @@ class Solving:
     def _at_linears(self, groups: list[list[PlannedLayer]]) -> None:
         """Suspend at each group in turn: its inputs come through the layers solved before it."""
         for group in groups:
-            leader = self.model.get_submodule(group[0].module)
-            if not any(layer.rule.needs for layer in group):
+            mixture = self._mixture(group)
+            leader = self.model.get_submodule(mixture or group[0].module)
+            if not (self.flows if mixture else any(layer.rule.needs for layer in group)):
                 self._solve(group, Stats())
                 continue
             handle = leader.register_forward_pre_hook(wait, with_kwargs=True)
@@ -125,29 +151,46 @@ class Solving:
                 seen = inputs_of(group, self._batches)
                 advance([self.guide], leader)
                 for flow in self.flows:
-                    seen.add(advance([flow], leader)[0].x)
+                    stop = advance([flow], leader)[0]
+                    if mixture is None:
+                        seen.add(stop.x)
             finally:
                 handle.remove()
-            self._solve(group, seen.stats())
+            if mixture is None:
+                self._solve(group, seen.stats())
+            else:
+                self._solve_experts(mixture, self._calls())
 
     def _at_block(self, groups: list[list[PlannedLayer]]) -> None:
         """Suspend at the block only: run it once outside the flows to gather every group's inputs."""
-        asking = (g for g in groups if any(layer.rule.needs for layer in g))
+        plain = (g for g in groups if self._mixture(g) is None)
+        asking = (g for g in plain if any(layer.rule.needs for layer in g))
         seen = {g[0].module: inputs_of(g, self._batches) for g in asking}
-        gather(self.model, self.block, seen, self.flows)
+        calls: dict[str, list[Call]] = {m: [] for g in groups if (m := self._mixture(g)) is not None}
+        if seen or calls:
+            gather(self.model, seen, self._runs(), calls)
         for group in groups:
-            own = seen.get(group[0].module)
-            self._solve(group, own.stats() if own else Stats())
+            mixture, own = self._mixture(group), seen.get(group[0].module)
+            if mixture is None:
+                self._solve(group, own.stats() if own else Stats())
+            else:
+                self._solve_experts(mixture, calls.pop(mixture))
 
     def _between(self, groups: list[list[PlannedLayer]]) -> None:
         """Solve each group from the block's own inputs, then tune what is still float in the block."""
         stored = {n.removeprefix(f"{self.name}.") for n in self.as_stored}
         soft: dict[str, Soft] = {}
         for group in groups:
-            own, first_row = inputs_of(group, self._batches), len(self.rows)
-            if any(layer.rule.needs for layer in group):
-                gather(self.model, self.block, {group[0].module: own}, self.flows)
-            self._solve(group, own.stats())
+            mixture, first_row = self._mixture(group), len(self.rows)
+            if mixture is not None:
+                calls: dict[str, list[Call]] = {mixture: []}
+                gather(self.model, {}, self._runs(), calls)
+                self._solve_experts(mixture, calls[mixture])
+            else:
+                own = inputs_of(group, self._batches)
+                if any(layer.rule.needs for layer in group):
+                    gather(self.model, {group[0].module: own}, self._runs())
+                self._solve(group, own.stats())
             solved = {f"{m}.weight".removeprefix(f"{self.name}."): m for m in self.out}
             for layer in group:
                 if layer.rule.weight.codebook is not None:
@@ -182,9 +225,17 @@ class Solving:
                 part = weight_of(self.model.get_submodule(m)).detach().float()
                 self._keep(layer, part, tuned[m], Stats(), tuner, seconds, said)
 
-    def _solve(self, group: list[PlannedLayer], stats: Stats, notes: tuple[str, ...] = ()) -> None:
-        """Quantize the layers of one group in place, those with equal rules together."""
-        for layers in _together(group):
+    def _solve(
+        self,
+        group: list[PlannedLayer],
+        stats: Stats,
+        notes: tuple[str, ...] = (),
+        routed: int | None = None,
+    ) -> None:
+        """Quantize the layers of one group in place, those with equal rules together; ``routed``: how many
+        tokens the router sent to them.
+        """
+        for layers in together(group):
             start = time.perf_counter()
             modules = [self.model.get_submodule(layer.module) for layer in layers]
             parts = [weight_of(m).detach().float() for m in modules]
@@ -211,9 +262,11 @@ class Solving:
             said = notes + tuple(str(c.message) for c in caught if issubclass(c.category, SolverWarning))
             seconds = (time.perf_counter() - start) / len(layers)
             for layer, part, own in zip(layers, parts, solved, strict=True):
-                self._keep(layer, part, own, own_stats, solver, seconds, said, choice)
+                self._keep(layer, part, own, own_stats, solver, seconds, said, choice, routed)
 
-    def _keep(self, layer, part, own, stats, solver, seconds, notes: tuple[str, ...] = (), choice=0) -> None:
+    def _keep(
+        self, layer, part, own, stats, solver, seconds, notes: tuple[str, ...] = (), choice=0, routed=None
+    ) -> None:
         """Put a solved layer in place: its weight ``own`` for ``part``, its input, its row."""
         module, value, apart = self.model.get_submodule(layer.module), own.dequantize(), apart_of(own)
         if apart is not None:
@@ -225,6 +278,7 @@ class Solving:
             bits_per_weight=layer.bits_per_weight,
             error=error(part, value, stats.gram),
             tokens=stats.tokens,
+            routed=routed,
             notes=notes,
             choice=choice,
             apart=0 if apart is None else len(apart),
@@ -240,17 +294,3 @@ class Solving:
             self.params[layer.module] = params.to("cpu")
         self.rows.append(row)
         self.progress.layer(row, seconds)
-
-
-def is_tuned(layer: PlannedLayer) -> bool:
-    """Whether the layer's solver learns from the whole block."""
-    return isinstance(layer.rule.solver, Tuner)
-
-
-def _together(group: list[PlannedLayer]) -> list[list[PlannedLayer]]:
-    """Layers with one input and rules that do alike; each alone where it has a choice of its own."""
-    alike: dict[object, list[PlannedLayer]] = {}
-    for layer in group:
-        does = replace(layer.rule, match="*")  # a searched recipe names each layer in a rule of its own
-        alike.setdefault(layer.module if layer.rule.alternatives else does, []).append(layer)
-    return list(alike.values())

@@ -9,16 +9,32 @@ from fewbit.io.source import Source
 
 
 class Rounded:
-    """A Source whose floating tensors are rounded to the dtype in which the output will store them."""
+    """A Source whose floating tensors are rounded to the dtype in which the output will store them: that of
+    the file, so that what is not quantized stays as it is, byte for byte.
+    """
 
-    def __init__(self, source: Source, dtype: torch.dtype):
-        self._source, self._dtype = source, dtype
+    def __init__(self, source: Source):
+        self._source = source
 
     def read(self, names):
         """Tensors as the output checkpoint will hold them."""
-        return {
-            n: t.to(self._dtype) if t.is_floating_point() else t for n, t in self._source.read(names).items()
-        }
+        kept = self._source.kept_dtype
+        return {n: t.to(kept(n)) if t.is_floating_point() else t for n, t in self._source.read(names).items()}
+
+    def as_stored(self, name: str, value: Tensor) -> Tensor:
+        """A parameter of a block as the output holds it, on the CPU, from its ``value`` in the run.
+
+        A run in half precision has narrowed a float32 tensor: where nothing else changed it, the source's.
+        """
+        if not value.is_floating_point():
+            return value.detach().to("cpu")
+        kept, dtype = self._source.kept_dtype(name), self._source.dtype
+        wide = kept if kept.itemsize > dtype.itemsize else dtype
+        out = value.detach().to("cpu", wide)
+        if wide.itemsize > value.dtype.itemsize:
+            original = self._source.read([name])[name]
+            return original.to(wide) if torch.equal(original.to(value.dtype), value.cpu()) else out
+        return out
 
     def __getattr__(self, name):
         return getattr(self._source, name)
