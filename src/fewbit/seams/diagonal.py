@@ -9,6 +9,9 @@ every linear with a fitting number of rows is tried: its rows are scaled by powe
 nothing, and the seam holds when the block's output stays. Nothing is tabled, so nothing is trusted: after
 each fold the output is compared again, and a fold that changed it is undone and reported.
 
+What reads the norm before a mixture of experts is its router and the first matrices of every expert, shared
+ones too: one scale serves them all. Which tokens an expert gets does not change where its scores do not.
+
 Norms are stored in the model's dtype. So the new gain is rounded first and the readers take the ratio of old
 and new gain: what is stored computes what was there.
 
@@ -18,15 +21,18 @@ https://arxiv.org/abs/2306.00978. Shapes: s, gain [in]; weights [out, in].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from fewbit.nn.blocks import linears, weight_of
+from fewbit.nn.experts import Experts, in_experts, routers
 from fewbit.transform.chooser import Kind
 
+NOTHING: Mapping[str, nn.Module] = MappingProxyType({})
 SAME = 1e-4  # relative change of a block's output that rounding explains
 
 
@@ -34,34 +40,51 @@ SAME = 1e-4  # relative change of a block's output that rounding explains
 class Seam:
     """A producer whose output only ``readers`` see. Names are relative to the block.
 
-    index [in]: the producer's row behind each column of the readers; None where they are the same.
+    index [in]: the producer's row behind each column of the readers; None where they are the same. reads: a
+    module whose input is all that the producer makes, where no reader's is.
     """
 
     kind: Kind
     producer: str
     readers: tuple[str, ...]
     index: Tensor | None = field(default=None, repr=False)
+    reads: str = ""
 
 
 def find_seams(block: nn.Module, call: Callable[[], object]) -> list[Seam]:
     """Every seam of ``block`` in the order of its forward; ``call`` runs the block once on a few tokens."""
-    made, read = trace(block, call)
+    mixtures, modules = in_experts(block), linears(block)
+    made, read = trace(block, call, mixtures | routers(block))
     seams = []
     for tensor, names in read:
-        producer = next((name for name, out in made if out is tensor), None)
+        producer = next((name for name, out in made if _same(out, tensor)), None)
         if producer is not None:
-            seam = Seam(kind=Kind.NORM, producer=producer, readers=tuple(names))
+            readers = [r for n in names for r in (_first(n, mixtures[n]) if n in mixtures else (n,))]
+            seam = Seam(kind=Kind.NORM, producer=producer, readers=tuple(readers), reads=names[0])
             seams += [seam] if _holds(block, call, seam) else []
-        elif len(names) == 1:
-            seam = _try_linears(block, call, names[0], [n for _, group in read for n in group])
+        elif len(names) == 1 and names[0] in modules:
+            others = [n for _, group in read for n in group if n in modules]
+            seam = _try_linears(block, call, names[0], others)
             seams += [] if seam is None else [seam]
     return seams
 
 
-def trace(block: nn.Module, call: Callable[[], object]):
-    """[(norm, its output)] and [(tensor, linears that read this very tensor)], in the order of one ``call``.
+def _first(name: str, experts: Experts) -> list[str]:
+    """The matrices that read the input of each of ``experts``."""
+    first = (experts.names.gate, experts.names.up) if experts.has_gate else (experts.names.up,)
+    return [f"{name}.{e}.{matrix}" for e in range(len(experts)) for matrix in first]
 
-    Names are relative to the block.
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """One tensor, or views of one as a whole."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.dtype == b.dtype)
+
+
+def trace(block: nn.Module, call: Callable[[], object], also: Mapping[str, nn.Module] = NOTHING):
+    """[(norm, its output)] and [(tensor, linears that read it)], in the order of one ``call``.
+
+    Names are relative to the block. ``also``: modules beside the linears whose input is looked at. Linears
+    inside experts are not: what one call brings to them is chance.
     """
     made: list[tuple[str, Tensor]] = []
     read: list[tuple[Tensor, list[str]]] = []
@@ -73,7 +96,7 @@ def trace(block: nn.Module, call: Callable[[], object]):
             if name in done:
                 return
             done.add(name)
-            group = next((g for t, g in read if t is x), None)
+            group = next((g for t, g in read if _same(t, x)), None)
             if group is None:
                 read.append((x, [name]))
             else:
@@ -81,7 +104,9 @@ def trace(block: nn.Module, call: Callable[[], object]):
 
         return hook
 
-    handles = [m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in linears(block).items()]
+    inside = tuple(f"{n}." for n in in_experts(block))
+    watched = {n: m for n, m in linears(block).items() if not n.startswith(inside)} | dict(also)
+    handles = [m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in watched.items()]
     for name, module in block.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 1:

@@ -1,7 +1,7 @@
 """Which linears of a block receive the same tensor, found rather than tabled.
 
 Groups (q, k, v; o; gate, up; down) are found by calling the block once on a few tokens and watching which
-input object each linear gets, in the order of the calls. Experts read tokens of their own, and a few tokens do
+input object each linear gets, in the order of the calls. Experts read tokens of their own, and few tokens do
 not reach them all: they are one entry, and each is watched by itself. What a block is, and which linears it
 has, is in ``fewbit.nn.blocks``.
 """

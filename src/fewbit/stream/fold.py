@@ -8,12 +8,13 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from fewbit.nn.blocks import linears, weight_of
+from fewbit.nn.experts import routers
 from fewbit.seams import Seam, find_seams, fold_checked
 from fewbit.seams.attention import KeySeam, find_keys, fold_keys_checked
 from fewbit.seams.order import OrderSeam, find_orders, fold_order_checked
@@ -28,6 +29,7 @@ FINDERS = (  # the kinds of seams that each finds
     (frozenset({Kind.ATTENTION}), find_keys),
     (frozenset({Kind.ORDER}), find_orders),
 )
+INSIDE = FINDERS[0], FINDERS[2]  # those inside one expert, which has no attention
 FOLDS = {Seam: fold_checked, KeySeam: fold_keys_checked, OrderSeam: fold_order_checked}
 
 
@@ -40,20 +42,24 @@ def fold_maps(
     watch: Callable[[Mapping[str, Inputs]], None],
     batches: int,
     stored: torch.dtype,
+    finders: Sequence[tuple] = FINDERS,
 ) -> Notes:
     """Fold what each chooser chooses at the seams it serves; statistics are those of the float block.
 
     layers: by name relative to the block; call: runs the block on the witness; watch: runs it on every
     waiting batch (``batches`` of them) and shows each named layer's input to its ``Inputs``; stored: the
-    dtype in which norms, biases and weights that stay float are written.
+    dtype in which norms, biases and weights that stay float are written; finders: the kinds of seams that are
+    looked for. Inside experts (``mixture.py``) seams are sought of each expert by itself, and not missed.
     """
     choosers = tuple(choosers)
     notes: Notes = {}
     asked = frozenset().union(*(chooser.kinds for chooser in choosers))
-    seams = [seam for kinds, find in FINDERS if kinds & asked for seam in find(block, call)]
+    seams = [seam for kinds, find in finders if kinds & asked for seam in find(block, call)]
     for chooser in choosers:
         chosen = [(s, _readers(s, layers)) for s in seams if s.kind in chooser.kinds]
         chosen = [(seam, readers) for seam, readers in chosen if readers or seam.kind is Kind.ATTENTION]
+        if not chosen and finders is not FINDERS:
+            continue
         if not chosen:
             _note(notes, layers, (), f"nothing for {chooser} in this block: no seam of its kind was found")
             continue
@@ -67,7 +73,8 @@ def fold_maps(
             said = FOLDS[type(seam)](block, call, seam, choice, stored)
             if said:
                 _note(notes, layers, readers, said)
-    for name, module in linears(block).items():  # a fold may have changed weights that are stored as they are
+    # a fold may have changed weights that are stored as they are
+    for name, module in (linears(block) | routers(block)).items():
         if name not in layers:
             module.weight.copy_(module.weight.to(stored))
     return notes
@@ -87,12 +94,17 @@ def _watch(block: nn.Module, chosen, seen: list[Inputs], watch) -> None:
             hook = lambda m, args, out, seam=seam, own=own: own.add(seam.magnitudes(out))  # noqa: E731
             handles.append(block.get_submodule(seam.keys).register_forward_hook(hook))
     pairs = zip(chosen, seen, strict=True)
-    inputs = {readers[0]: own for (seam, readers), own in pairs if seam.kind is not Kind.ATTENTION}
+    inputs = {_watched(s, r): own for (s, r), own in pairs if s.kind is not Kind.ATTENTION}
     try:
         watch(inputs)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _watched(seam: Seam | OrderSeam, readers: Sequence[str]) -> str:
+    """The module at which all that the seam's producer makes is seen."""
+    return getattr(seam, "reads", "") or readers[0]
 
 
 def _note(notes: Notes, layers: Mapping[str, PlannedLayer], readers: Iterable[str], said: str) -> None:

@@ -19,19 +19,22 @@ Shapes: T tokens, k experts a token, E experts, h inputs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbit.format import Stats
 from fewbit.nn.blocks import linears, weight_of
-from fewbit.nn.experts import Experts
+from fewbit.nn.experts import Expert, Experts
 from fewbit.solve.calls import Call
 from fewbit.stream.blocks import watch
+from fewbit.stream.fold import INSIDE, Notes, fold_maps
 from fewbit.stream.gather import gather, inputs_of
+from fewbit.stream.inputs import Inputs
 from fewbit.stream.planned import PlannedLayer
+from fewbit.transform.chooser import Chooser
 
 ENOUGH = 4  # one token for so many inputs of the widest layer, or the expert is thin
 
@@ -46,15 +49,23 @@ class Routed:
     @staticmethod
     def of(calls: Sequence[Call]) -> Routed:
         """From the calls of `Experts`, one a batch."""
-        names = ("hidden_states", "top_k_index")
-        given = [dict(zip(names, args, strict=False)) | kwargs for args, kwargs in calls]
-        return Routed(
-            **{to: tuple(g[n] for g in given) for to, n in zip(("hidden", "index"), names, strict=True)}
-        )
+        given = [dict(zip(("hidden_states", "top_k_index"), a, strict=False)) | kw for a, kw in calls]
+        hidden, index = (tuple(g[n] for g in given) for n in ("hidden_states", "top_k_index"))
+        return Routed(hidden=hidden, index=index)
 
     def inputs(self, e: int) -> list[Tensor]:
-        """The tokens of expert ``e`` in each batch, [n, h]."""
-        return [x[(i == e).any(-1)] for x, i in zip(self.hidden, self.index, strict=True)]
+        """The tokens of expert ``e`` in each batch that has some, [n, h]."""
+        found = [x[(i == e).any(-1)] for x, i in zip(self.hidden, self.index, strict=True)]
+        return [x for x in found if len(x)]
+
+    def enough(self, e: int, expert: nn.Module) -> tuple[list[Tensor], int, tuple[str, ...]]:
+        """What ``expert``, the one at ``e``, is solved from; how many tokens are its own; a note if all."""
+        inputs = self.inputs(e)
+        tokens, total = sum(map(len, inputs)), sum(map(len, self.hidden))
+        if tokens * ENOUGH >= max(weight_of(m).shape[1] for m in linears(expert).values()):
+            return inputs, tokens, ()
+        said = f"{tokens} of {total} tokens were routed here, too few: solved with all of them"
+        return list(self.hidden), tokens, (said,)
 
 
 def solve_experts(
@@ -81,14 +92,8 @@ def solve_experts(
         if routed is None:
             solve(list(own.values()), Stats(), (), None)
             continue
-        inputs = routed.inputs(e)
-        tokens, notes = sum(map(len, inputs)), ()
-        if tokens * ENOUGH < max(weight_of(m).shape[1] for m in linears(expert).values()):
-            total = sum(map(len, routed.hidden))
-            notes = (f"{tokens} of {total} tokens were routed here, too few: solved with all of them",)
-            inputs = list(routed.hidden)
-        inputs = [x for x in inputs if len(x)]
-        found = watch(expert, functools.partial(expert, torch.cat([x[:1] for x in inputs[:1]])))
+        inputs, tokens, notes = routed.enough(e, expert)
+        found = watch(expert, functools.partial(expert, inputs[0][:1]))
         groups = [[own[n] for n in group if n in own] for group in found]
         _solve_groups(expert, prefix, [g for g in groups if g], inputs, in_turn, solve, notes, tokens)
 
@@ -103,3 +108,34 @@ def _solve_groups(expert, prefix, groups, inputs: list[Tensor], in_turn: bool, s
         for group in part:
             own = seen.get(group[0].module)
             solve(group, own.stats() if own else Stats(), notes if own else (), tokens)
+
+
+def fold_experts(
+    experts: Experts,
+    layers: Mapping[str, PlannedLayer],
+    choosers: Iterable[Chooser],
+    guide: Call,
+    calls: Sequence[Call],
+    stored: torch.dtype,
+) -> Notes:
+    """Fold the maps that ``choosers`` choose at the seams inside each expert, such as up -> down.
+
+    layers: by name relative to the experts; guide, calls: of the experts, on the witness and one a batch. The
+    proof of a fold is the expert's output on all of the guide's tokens: of the block's output, an expert to
+    which none of them goes is no part.
+    """
+    routed, notes = Routed.of(calls), {}
+    witness = Routed.of([guide]).hidden[0]
+    for e in range(len(experts)):
+        expert = experts[e]
+        own = {n: layers[f"{e}.{n}"] for n in linears(expert) if f"{e}.{n}" in layers}
+        if own:
+            inputs = routed.enough(e, expert)[0] if calls else []
+            watch_it = functools.partial(_gather, expert, [functools.partial(expert, x) for x in inputs])
+            prove = functools.partial(expert, witness)
+            notes |= fold_maps(expert, own, choosers, prove, watch_it, len(inputs), stored, INSIDE)
+    return notes
+
+
+def _gather(expert: Expert, runs: Sequence[Callable[[], object]], seen: Mapping[str, Inputs]) -> None:
+    gather(expert, seen, runs)

@@ -30,7 +30,7 @@ from fewbit.stream.choose import choose, error, static_params
 from fewbit.stream.fold import Notes, fold_maps
 from fewbit.stream.gather import block_runs, gather, inputs_of, outside_flow
 from fewbit.stream.let import tune_layers
-from fewbit.stream.mixture import solve_experts
+from fewbit.stream.mixture import fold_experts, solve_experts
 from fewbit.stream.place import apart_of, as_parameter, in_flow, read_quantized
 from fewbit.stream.planned import Plan, PlannedLayer, codec, is_tuned, together
 from fewbit.stream.progress import LayerRow, Progress
@@ -83,7 +83,7 @@ class Solving:
         """The planned layers that a name of a group stands for: a linear's, or all of some experts'."""
         if module not in self._mixtures:
             return [self.layers[module]] if module in self.layers else []
-        return [x for m, x in self.layers.items() if m.startswith(f"{module}.")]
+        return list(self._inside(module).values())
 
     @functools.cached_property
     def _mixtures(self) -> dict[str, Experts]:
@@ -96,11 +96,8 @@ class Solving:
 
     def _solve_experts(self, name: str, calls: Sequence[Call]) -> None:
         in_turn = self.plan.depth == "linear" or self.plan.recipe.tuning is not None
-        solve_experts(self._mixtures[name], name, self._unsolved, calls, in_turn, self._solve)
-
-    @property
-    def _unsolved(self) -> dict[str, PlannedLayer]:
-        return {m: x for m, x in self.layers.items() if m not in self.out}
+        left = {m: x for m, x in self.layers.items() if m not in self.out}
+        solve_experts(self._mixtures[name], name, left, calls, in_turn, self._solve)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint stores of the quantized layers."""
@@ -127,16 +124,23 @@ class Solving:
 
     def _fold(self) -> Notes:
         """Choose and fold the recipe's maps at the seams of the block."""
-        prefix = f"{self.name}."
-        return fold_maps(
-            self.block,
-            {m.removeprefix(prefix): layer for m, layer in self.layers.items()},
-            self.plan.recipe.transforms,
-            self._call,
-            lambda seen: gather(self.model, {prefix + n: own for n, own in seen.items()}, self._runs()),
-            len(self.flows),
-            self.plan.source.dtype,
-        )
+        recipe, stored = self.plan.recipe, self.plan.source.dtype
+        notes = fold_maps(
+            self.block, self._inside(self.name), recipe.transforms, self._call,
+            lambda seen: gather(self.block, seen, self._runs()), len(self.flows), stored,
+        )  # fmt: skip
+        for name, experts in self._mixtures.items():  # after the norm before them, which they all read
+            guide, calls = ({name: []} for _ in range(2))
+            gather(self.model, {}, [self._call], guide)
+            gather(self.model, {}, self._runs(), calls)
+            layers = self._inside(name)
+            notes |= fold_experts(experts, layers, recipe.transforms, guide[name][0], calls[name], stored)
+        return notes
+
+    def _inside(self, name: str) -> dict[str, PlannedLayer]:
+        """The layers of a module by their names relative to it."""
+        prefix = f"{name}."
+        return {m.removeprefix(prefix): x for m, x in self.layers.items() if m.startswith(prefix)}
 
     def _at_linears(self, groups: list[list[PlannedLayer]]) -> None:
         """Suspend at each group in turn: its inputs come through the layers solved before it."""
