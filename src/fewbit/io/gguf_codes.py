@@ -108,16 +108,29 @@ def decode(name: str, raw: np.ndarray, shape: tuple[int, ...]) -> QTensor:
     return QTensor(codes=codes, scale=scale, zero=zero, format=fmt, shape=rows)
 
 
-def floats(w: Tensor) -> tuple[str, np.ndarray]:
+def floats(w: Tensor, what: str = "tensor") -> tuple[str, np.ndarray]:
     """A float tensor in its own dtype: the ggml type and the bytes, uint8 [..., bytes of a row].
 
     Raises ``InputError`` for a dtype that GGUF has no type for.
     """
     if w.dtype not in NATIVE.values():
         raise InputError(
-            f"a tensor of {w.dtype} has no type in a GGUF, which has float32, float16 and bfloat16"
+            f"{what} is {w.dtype}, and a GGUF holds float32, float16 and bfloat16; cast it first"
         )
     return _plain(w)
+
+
+def settled(format: Format) -> str | None:
+    """The ggml type of every tensor of a format that GGUF holds, or None where the numbers decide."""
+    if format.scale is None:
+        return FLOATS[format.grid.name]
+    kind = _same_structure(format)
+    if kind is not None:
+        return kind.name
+    if format.zero is not Zero.NONE:
+        return None
+    low, high = format.grid.min, format.grid.max
+    return next(name for name, bits in SIGNED.items() if -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1))
 
 
 # -- how a format lies in blocks --
