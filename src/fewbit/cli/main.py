@@ -29,6 +29,7 @@ from fewbit.cli import (
     plot,
     quantize,
     search,
+    sensitivity,
     tables,
 )  # fmt: skip
 from fewbit.errors import InputError
@@ -120,7 +121,12 @@ for _name, _command, _example in (
     ("compare", compare.compare, "fewbit compare smollm2 -r nf4 -r gptq:group_size=64 -o compared"),
     ("generate", generate.generate, 'fewbit generate out/smollm2-w4a16 "The capital of France is"'),
     ("memory", memory.memory, "fewbit memory smollm2 --context 8192 --batch 4"),
-    ("search", search.search, "fewbit search smollm2 --bits 3.25 -r higgs --choices 2,3,4 -o recipe.yaml"),
+    ("search", search.search, "fewbit search smollm2 --bits 3.25 -o recipe.yaml"),
+    (
+        "sensitivity",
+        sensitivity.sensitivity,
+        "fewbit sensitivity smollm2 -c rtn:bits=3,group_size=64 -c nf4 -o scores",
+    ),
     ("inspect", inspect.inspect, "fewbit inspect smollm2 -o report.html"),
     ("recipes", tables.recipes, "fewbit recipes gptq --set bits=3 > mine.yaml"),
     ("formats", formats.formats, "fewbit formats e4m3fn nf4 mxfp4"),

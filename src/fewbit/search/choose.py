@@ -1,54 +1,55 @@
-"""From choices per layer to the best of them under a budget: coefficients, errors, allocation.
+"""From scores to the best choice of every layer under a budget.
 
-    minimize  sum_l a_l e[l, c_l]     subject to     sum_l bits[l, c_l]  <=  budget * sum_l N_l
+    minimize  sum_l L[l, c_l]     subject to     sum_l C[l, c_l]  <=  B            at most so many bits
+    minimize  sum_l C[l, c_l]     subject to     sum_l L[l, c_l]  <=  KL           at most so much harm
 
-with a_l of `fewbit.search.linearity`, e of `fewbit.search.errors` and the exact solution of
-`fewbit.search.allocate`. HIGGS, https://arxiv.org/abs/2411.17525.
+with L the scores of `fewbit.search.measure` and C the stored bits: one program, its two sides exchanged,
+solved exactly by `fewbit.search.allocate`. HIGGS, https://arxiv.org/abs/2411.17525. Other methods are
+constrained cases of it: MoFQ (https://arxiv.org/abs/2305.12356) has two choices of equal bits, so that no
+budget binds; mixed precision (https://arxiv.org/abs/2109.12948) has 8 bits and 16, and a budget near 8.
 
-The minimum is also the expected KL. It holds while it is small (below about 0.3 nats); above, layers make
-each other's errors worse and the model promises too much, but still tells better from worse.
+The minimum is also the expected KL. It holds while it is small (`RANGE`); above, layers make each other's
+errors worse and the sum promises too much, but still tells better from worse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
-from torch import Tensor, nn
 
 from fewbit.errors import InputError
-from fewbit.nn.blocks import weight_of
 from fewbit.search.allocate import allocate
-from fewbit.search.errors import Choice, Error, layer_errors, siblings
-from fewbit.search.linearity import Tick, block_linears, fisher, noise_responses
+from fewbit.search.errors import Choice
+from fewbit.search.measure import Row, Score
 
-NOISE_LEVELS = (0.1, 0.3)
+RANGE = 0.3  # nats per token up to which the sum over layers was seen to hold (docs/search.md)
 
 
-class Estimate(StrEnum):
-    """How the coefficients a_l are found."""
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Either ``bits`` that the layers may take in all, or ``kl``, nats per token expected at most."""
 
-    FISHER = "fisher"  # squared gradients: a backward a window
-    NOISE = "noise"  # noise in one layer at a time: two forwards a layer and window
+    bits: float | None = None
+    kl: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [b for b in (self.bits, self.kl) if b is not None]
+        if len(given) != 1 or not given[0] > 0:
+            raise InputError(f"a budget is a positive number of bits or a positive KL, not both; got {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picked:
-    """The choice of one layer: its index, stored bits in all, what it is expected to cost."""
+    """The choice of one layer: its index, stored bits in all, and what it is expected to cost."""
 
     layer: str
     weights: int
     choice: int
     bits: float
-    coefficient: float
-    error: Error
-
-    @property
-    def loss(self) -> float:
-        """Expected KL of this layer alone."""
-        return self.coefficient * self.error.best
+    loss: float
+    row: Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,71 +59,78 @@ class Found:
     layers: tuple[Picked, ...]
 
     @property
+    def bits(self) -> float:
+        """Stored bits of these layers, everything counted."""
+        return sum(p.bits for p in self.layers)
+
+    @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight of these layers, everything counted."""
-        return sum(p.bits for p in self.layers) / sum(p.weights for p in self.layers)
+        """The same per weight."""
+        return self.bits / sum(p.weights for p in self.layers)
 
     @property
     def expected_kl(self) -> float:
-        """sum_l a_l e_l, nats per token."""
+        """The sum of what the layers cost, nats per token where the score is."""
         return sum(p.loss for p in self.layers)
 
 
 def choose(
-    model: nn.Module,
     choices: Mapping[str, Sequence[Choice]],
-    tokens: Tensor,
-    bits: float,
+    shapes: Mapping[str, tuple[int, int]],
+    rows: Mapping[str, Sequence[Row]],
+    budget: Budget,
+    score: Score = Score.FISHER,
     *,
-    estimate: Estimate = Estimate.FISHER,
-    together: bool = False,
+    together: Sequence[Sequence[str]] = (),
     kept: float = 16,
-    seed: int = 0,
-    phase: Callable[[str, str], Tick | None] = lambda *_: None,
 ) -> Found:
-    """The best choice of each layer named in ``choices``, at ``bits`` per weight on average or fewer.
+    """The best choice of each layer under ``budget``.
 
-    model: float, in evaluation mode; tokens [w, l]: the text that says what matters; together: layers that
-    read one tensor (q, k, v; gate, up) choose alike; kept: bits of a weight that stays; phase: told what
-    begins and what is counted, gives what to call with (done, total). Every layer has equally many choices.
+    choices: of each layer, equally many; shapes [out, in]; rows: of `fewbit.search.measure` for the same
+    choices and with the ``score``; together: layers that choose alike; kept: bits of a weight that stays as
+    it is.
 
-    Raises ``InputError`` for formats that do not fit a layer and a budget that cannot be met.
+    Raises ``InputError`` for a budget that cannot be met.
     """
-    modules = block_linears(model)
-    shapes = {n: tuple(weight_of(modules[n]).shape) for n in choices}
-    for name, own in choices.items():
-        for choice in own:
-            choice.check(shapes[name], f"layer {name}")
-    costs = np.array([[c.bits(shapes[n], kept) for c in own] for n, own in choices.items()])
-    weights = sum(a * b for a, b in shapes.values())
-    least, most = costs.min(1).sum() / weights, costs.max(1).sum() / weights
-    if not least <= bits * (1 + 1e-12):
-        raise InputError(
-            f"{bits:g} bits per weight are fewer than the {least:.4g} of the smallest choices, scales "
-            f"counted; give {np.ceil(100 * least) / 100:g} or more (the largest take {most:.4g}), or smaller "
-            "choices"
-        )
-    groups = [[list(choices).index(n) for n in g] for g in siblings(model, list(choices), tokens)]
-    if estimate is Estimate.FISHER:
-        a = fisher(
-            model, tokens, seed=seed, progress=phase("how much each layer matters, by gradients", "window")
-        )
+    names = list(choices)
+    costs = np.array([[c.bits(shapes[n], kept) for c in choices[n]] for n in names])
+    losses = np.array([[_loss(r, score) for r in rows[n]] for n in names])
+    weights = np.array([shapes[n][0] * shapes[n][1] for n in names])
+    groups = [[names.index(n) for n in g] for g in together]
+    if budget.kl is None:
+        _check(costs, weights.sum(), budget.bits)
+        index = allocate(costs, losses, budget.bits, groups)
     else:
-        tick = phase("how much each layer matters, by noise", "layer")
-        said = noise_responses(
-            model, tokens, layers=list(choices), levels=NOISE_LEVELS, seed=seed, progress=tick
-        )
-        a = {r.layer: r.coefficient for r in said}
-    seen = tokens if any(c.wants_inputs for own in choices.values() for c in own) else None
-    errors = layer_errors(model, choices, seen, phase("what each choice does to each layer", "layer"))
-    losses = np.array([[a[n] * e.best for e in errors[n]] for n in choices])
-    index = allocate(costs, losses, bits * weights, groups if together else ())
+        least = losses.min(1).sum()
+        if least > budget.kl:
+            raise InputError(
+                f"an expected KL of {budget.kl:g} is below the {least:.3g} of the most exact choices; allow "
+                "more, or add a choice of more bits, such as keep"
+            )
+        index = allocate(losses, costs, budget.kl, groups)
     return Found(
         layers=tuple(
             Picked(
-                layer=n, weights=shapes[n][0] * shapes[n][1], choice=int(c), bits=float(costs[i, c]),
-                coefficient=a[n], error=errors[n][c],
+                layer=n, weights=int(weights[i]), choice=int(c), bits=float(costs[i, c]),
+                loss=float(losses[i, c]), row=rows[n][c],
             )
-            for i, (n, c) in enumerate(zip(choices, index, strict=True))
+            for i, (n, c) in enumerate(zip(names, index, strict=True))
         )
     )  # fmt: skip
+
+
+def _loss(row: Row, score: Score) -> float:
+    """The score; where the text never reached the layer there is none of its output: that of its weight."""
+    value = row.value(Score.WEIGHT if score is Score.OUTPUT and row.output is None else score)
+    assert value is not None, f"{score} of {row.layer} was not measured"
+    return value
+
+
+def _check(costs: np.ndarray, weights: int, bits: float) -> None:
+    least, most = costs.min(1).sum() / weights, costs.max(1).sum() / weights
+    if least * weights > bits * (1 + 1e-12):
+        raise InputError(
+            f"{bits / weights:.4g} bits per weight are fewer than the {least:.4g} of the smallest choices, "
+            f"scales counted; give {np.ceil(100 * least) / 100:g} or more (the largest take {most:.4g}), or "
+            "smaller choices"
+        )

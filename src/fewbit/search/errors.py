@@ -14,7 +14,7 @@ HIGGS: https://arxiv.org/abs/2411.17525. Shapes: W, E [out, in]; H [in, in].
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +22,22 @@ from torch import Tensor, nn
 from fewbit.errors import InputError
 from fewbit.format import Format, Stats
 from fewbit.kernel.gram import add_gram, full
-from fewbit.nn.blocks import weight_of
-from fewbit.search.linearity import Tick, block_linears, logits_of
+from fewbit.search.judge import block_linears, logits_of
 from fewbit.solve import Need, Rtn, Solver
 from fewbit.transform import Incoherence
-
-GRAM_BYTES = 2**31  # of Gram matrices held at once; more layers take another pass over the text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A format for a layer's weight, its solver and basis. ``format=None``: the layer stays as it is."""
+    """A format for a layer's weight, its solver and basis. ``format=None``: the layer stays as it is.
+
+    name: what people call it; nothing depends on it.
+    """
 
     format: Format | None
     solver: Solver = Rtn()
     basis: Incoherence | None = None
+    name: str = field(default="", compare=False)
 
     def __post_init__(self):
         if not self.solver.needs <= {Need.GRAM}:
@@ -102,31 +103,11 @@ def error(w: Tensor, value: Tensor, h: Tensor | None) -> Error:
     return Error(weight=t2, output=harm / clean, effective=harm / isotropic)
 
 
-@torch.no_grad()
-def layer_errors(
-    model: nn.Module,
-    choices: dict[str, Sequence[Choice]],
-    tokens: Tensor | None = None,
-    progress: Tick | None = None,
-) -> dict[str, tuple[Error, ...]]:
-    """The errors of every layer named in ``choices``, under each of its choices, in a float model.
-
-    tokens [w, l]: the text whose inputs solvers with feedback use, and output errors are measured under; None
-    for the weights alone (such solvers then round).
+def cost(e: Tensor, r: Tensor, m: Tensor | None) -> float:
+    """sum_o r_o e_o M e_o^T: what ``e`` [out, in] costs by squared gradients, with ``r`` [out] and ``m``
+    [in, in] of `fewbit.search.linearity`; without m, errors are taken to have no direction.
     """
-    modules, found, todo = block_linears(model), {}, list(choices)
-    while todo:
-        part, held = [], 0
-        while todo and (not part or held < GRAM_BYTES):
-            part.append(todo.pop(0))
-            held += 4 * weight_of(modules[part[-1]]).shape[1] ** 2
-        grams = {} if tokens is None else gram_matrices(model, part, tokens)
-        for name in part:
-            w, h = weight_of(modules[name]).detach().float(), grams.get(name)
-            found[name] = tuple(error(w, one.solve(w, Stats(gram=h)), h) for one in choices[name])
-            if progress is not None:
-                progress(len(found), len(choices))
-    return found
+    return float((((e if m is None else e @ m) * e).sum(1) * r).sum(dtype=torch.float64))
 
 
 @torch.no_grad()

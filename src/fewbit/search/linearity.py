@@ -26,7 +26,8 @@ numbers, of either sign for a single layer; KL is never negative, and needs no t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,10 +36,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewbit.errors import InputError
-from fewbit.nn.blocks import find_blocks, linears
+from fewbit.kernel.gram import add_gram, full
+from fewbit.nn.blocks import is_transposed, weight_of
+from fewbit.search.judge import Judge, block_linears, logits_of, replaced
 
 LEVELS = (0.05, 0.1, 0.2, 0.3)  # |E| / |W|: 0.09 is HIGGS at 4 bits, 0.17 at 3, 0.33 at 2
-_LOGITS = 2**27  # elements of logits at once: 512 MiB
 Tick = Callable[[int, int], None]
 
 
@@ -67,16 +69,6 @@ class Response:
         pairs = sorted(zip(self.levels, self.kl, strict=True))
         (low, first), (high, last) = pairs[0], pairs[-1]
         return (last / high**2) / max(first / low**2, 1e-30)
-
-
-def block_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer in the blocks of a model by its full name, in order: what recipes quantize."""
-    blocks = find_blocks(model)
-    return {
-        f"{b}.{n}": m
-        for b, block in zip(blocks.names, blocks.modules, strict=True)
-        for n, m in linears(block).items()
-    }
 
 
 def random_tokens(vocabulary: int, windows: int, length: int, seed: int = 0) -> Tensor:
@@ -109,95 +101,126 @@ def noise_responses(
     """
     if not levels or not all(0 < t < 10 for t in levels):
         raise InputError(f"noise levels {tuple(levels)} are impossible; give relative norms such as 0.1")
-    modules, judge = block_linears(model), Judge(model, tokens)
-    names, out = list(modules if layers is None else layers), []
-    for i, name in enumerate(names):
-        weight = modules[name].weight
-        off = noise(weight, seed + 1_000_003 * i)
-        found = []
-        for t in levels:
-            with replaced(weight, weight + t * off):
-                found.append(judge.kl())
-        out.append(Response(layer=name, weights=weight.numel(), levels=tuple(levels), kl=tuple(found)))
-        if progress is not None:
-            progress(i + 1, len(names))
+    modules, out = block_linears(model), []
+    names = list(modules if layers is None else layers)
+    with Judge(model, tokens) as judge:
+        for i, name in enumerate(names):
+            judge.start_at(name)
+            out.append(response(judge, name, modules[name].weight, levels, seed))
+            if progress is not None:
+                progress(i + 1, len(names))
     return tuple(out)
+
+
+@torch.no_grad()
+def response(
+    judge: Judge, layer: str, weight: nn.Parameter, levels: Sequence[float], seed: int = 0
+) -> Response:
+    """The response to noise in one layer, whose ``weight`` is in the model of ``judge``."""
+    off, found = noise(weight, seed + zlib.crc32(layer.encode())), []
+    for t in levels:
+        with replaced(weight, weight + t * off):
+            found.append(judge.kl())
+    return Response(layer=layer, weights=weight.numel(), levels=tuple(levels), kl=tuple(found))
 
 
 def fisher(
     model: nn.Module, tokens: Tensor, *, seed: int = 0, progress: Tick | None = None
 ) -> dict[str, float]:
     """a_l of every layer in the blocks from squared gradients, one backward a window of ``tokens`` [w, l]."""
-    modules, total = block_linears(model), dict.fromkeys(block_linears(model), 0.0)
+    modules = block_linears(model)
+    return {
+        name: float(rows.mean() * modules[name].weight.detach().float().square().sum())
+        for name, rows in fisher_rows(model, tokens, seed=seed, progress=progress).items()
+    }
+
+
+def fisher_rows(
+    model: nn.Module, tokens: Tensor, *, seed: int = 0, progress: Tick | None = None
+) -> dict[str, Tensor]:
+    """r [out] of every layer in the blocks: what a squared error of 1 in a row of the weight costs,
+
+        KL = sum_o r_o |e_o|^2,     r_o = tr F_o / (2 in),     a_l = |W|^2 * mean(r)
+
+    float32; F_o is the Fisher matrix of the row. One backward a window of ``tokens`` [w, l].
+    """
+    modules = block_linears(model)
     weights = [m.weight for m in modules.values()]
-    asked = [p.requires_grad for p in model.parameters()]
-    generator = torch.Generator(device=weights[0].device).manual_seed(seed)
-    model.requires_grad_(False)
-    try:
-        for weight in weights:
-            weight.requires_grad_(True)
-        for i, window in enumerate(tokens):
-            with torch.enable_grad():
-                logits = logits_of(model, window[None])[0]
-                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                loss = functional.cross_entropy(logits, drawn, reduction="sum")
-                grads = torch.autograd.grad(loss, weights)
-            for name, grad in zip(modules, grads, strict=True):
-                total[name] += float(grad.float().square().sum())
+    total = {n: torch.zeros(weight_of(m).shape[0], device=m.weight.device) for n, m in modules.items()}
+    with _watched(model, weights):
+        for i, loss in enumerate(_losses(model, tokens, seed), 1):
+            grads = torch.autograd.grad(loss, weights)
+            for (name, module), grad in zip(modules.items(), grads, strict=True):
+                total[name] += grad.float().square().sum(0 if is_transposed(module) else 1)
             if progress is not None:
-                progress(i + 1, len(tokens))
+                progress(i, len(tokens))
+    return {n: total[n] / (2 * tokens.numel() * weight_of(m).shape[1]) for n, m in modules.items()}
+
+
+def fisher_inputs(
+    model: nn.Module,
+    layers: Sequence[str],
+    tokens: Tensor,
+    *,
+    seed: int = 0,
+    progress: Tick | None = None,
+) -> dict[str, Tensor]:
+    """M [in, in] of each layer: the Gram matrix of its inputs, each token weighted by how much the model
+    minds errors there, g its gradient at the output; scaled to a mean diagonal of 1,
+
+        M ~ sum_t |g_t|^2 x_t x_t^T,     KL ~ sum_o r_o e_o M e_o^T
+
+    float32. One backward a window of ``tokens`` [w, l]. Layers that the text never reaches are left out.
+    """
+    modules, total = block_linears(model), {}
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def hook(name: str):
+        return lambda module, args, out: seen.append((name, args[0].detach(), out))
+
+    handles = [modules[n].register_forward_hook(hook(n)) for n in layers]
+    try:
+        with _watched(model, [modules[n].weight for n in layers]):
+            for i, loss in enumerate(_losses(model, tokens, seed), 1):
+                grads = torch.autograd.grad(loss, [out for _, _, out in seen])
+                for (name, x, _), g in zip(seen, grads, strict=True):
+                    rows = x.flatten(0, -2).float() * g.flatten(0, -2).float().norm(dim=1, keepdim=True)
+                    total.setdefault(name, torch.zeros(rows.shape[1], rows.shape[1], device=rows.device))
+                    add_gram(total[name], rows)
+                seen.clear()
+                if progress is not None:
+                    progress(i, len(tokens))
+    finally:
+        for handle in handles:
+            handle.remove()
+    grams = {name: full(m) for name, m in total.items()}
+    return {n: m / m.diagonal().mean() for n, m in grams.items() if float(m.diagonal().sum()) > 0}
+
+
+def _losses(model: nn.Module, tokens: Tensor, seed: int) -> Iterator[Tensor]:
+    """For each window the negative log likelihood, with its graph, of labels that the model draws itself."""
+    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
+    for window in tokens:
+        with torch.enable_grad():
+            logits = logits_of(model, window[None])[0]
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            yield functional.cross_entropy(logits, drawn, reduction="sum")
+
+
+@contextmanager
+def _watched(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients reach ``weights`` and no other parameter, for a while."""
+    asked = [p.requires_grad for p in model.parameters()]
+    model.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
     finally:
         for p, before in zip(model.parameters(), asked, strict=True):
             p.requires_grad_(before)
-    return {
-        name: total[name] / tokens.numel() * float(m.weight.detach().float().square().mean()) / 2
-        for name, m in modules.items()
-    }
 
 
 def predict(coefficients: Mapping[str, float], errors: Mapping[str, float]) -> float:
     """sum_l a_l t_l^2 over the layers of ``errors``: the expected KL."""
     return sum(coefficients[name] * t2 for name, t2 in errors.items())
-
-
-class Judge:
-    """KL(model as it was at first || model as it is now) over ``tokens`` [w, l], in nats per token.
-
-    Keeps the log probabilities of the first pass, float32: l * vocabulary * 4 bytes a window.
-    """
-
-    def __init__(self, model: nn.Module, tokens: Tensor):
-        if model.training:
-            raise InputError(f"{type(model).__name__} is in training mode: call model.eval()")
-        self.model, self.tokens = model, tokens
-        first = logits_of(model, tokens[:1])
-        self.parts = tokens.split(max(1, _LOGITS // first.numel()))
-        with torch.no_grad():
-            self.float = [logits_of(model, part).log_softmax(-1) for part in self.parts]
-
-    @torch.no_grad()
-    def kl(self) -> float:
-        """The divergence now."""
-        total = 0.0
-        for part, p in zip(self.parts, self.float, strict=True):
-            q = logits_of(self.model, part).log_softmax(-1)
-            total += float(functional.kl_div(q, p, reduction="sum", log_target=True).double())
-        return total / self.tokens.numel()
-
-
-@contextmanager
-def replaced(weight: nn.Parameter, value: Tensor) -> Iterable[None]:
-    """Other values in a parameter, for a while."""
-    before = weight.data
-    weight.data = value.to(weight.dtype)
-    try:
-        yield
-    finally:
-        weight.data = before
-
-
-def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Float32 logits [w, l, v]."""
-    device = next(model.parameters()).device
-    cache = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
-    return model(input_ids=ids.to(device), **cache).logits.float()
