@@ -1,13 +1,17 @@
 """The comparison: figures equal those of the single commands, rows are kept, failures stay alone."""
 
 import dataclasses
+import itertools
 import json
+import threading
+import time
 
 import pytest
 
 import fewbit
-from fewbit.compare import Entry, Setup, Watch, compare, from_words, processes, worker
+from fewbit.compare import Entry, Row, Schedule, Setup, Watch, compare, from_words, processes, worker
 from fewbit.compare.processes import Processes
+from fewbit.compare.rows import read_rows, stand_in
 from fewbit.errors import InputError
 from fewbit.evaluate import Protocol, windows
 from fewbit.io.source import open_source
@@ -19,6 +23,7 @@ SMALL = {
     "protocol": Protocol(window=32, windows=3),
 }
 RTN, GPTQ, BAD = (from_words(t) for t in ("rtn:group_size=32", "gptq:group_size=32", "rtn:group_size=48"))
+NF4 = from_words("nf4")
 
 
 class Seen(Watch):
@@ -203,3 +208,106 @@ def test_what_cannot_be_compared_is_refused_before_any_work(setup, here, tmp_pat
             compare(dataclasses.replace(setup, **changed), entries, tmp_path / folder)
     assert here == []
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_another_device_stand_in_until_they_are_measured(setup, fake, tmp_path):
+    compare(setup, [RTN, GPTQ], tmp_path)
+    path = tmp_path / "results.json"
+    data = json.loads(path.read_text())
+    for row in (data["original"], *data["rows"]):
+        row["key"] += " there"
+        row["on"] = "H100"
+    path.write_text(json.dumps(data))
+    seen = Seen()
+    found = compare(setup, [RTN, GPTQ, NF4], tmp_path, seen, Schedule(only=("rtn",)))
+    assert seen.begun == ["original", RTN.name]
+    assert [(row.name, row.on) for row in found.rows] == [(RTN.name, None), (GPTQ.name, "H100")]
+    assert found.missing == (NF4.name,)
+    assert [row.on for row in found.kept] == ["H100", "H100"]  # the original's and RTN's
+    longer = dataclasses.replace(setup, protocol=Protocol(window=32, windows=2))  # no row of it is anywhere
+    found = compare(longer, [RTN, GPTQ], tmp_path, schedule=Schedule(minutes=0))
+    assert (found.rows, found.missing) == ((), (RTN.name, GPTQ.name))
+    assert len(found.kept) == 5
+
+
+def test_of_several_stand_ins_the_present_version_then_a_gpu_is_taken():
+    def row(name, version, on):
+        return Row(name=name, key=name, terms="t", versions={"fewbit": version}, on=on), None
+
+    now = fewbit.__version__
+    rows = [
+        row("a", "before", "H100"),
+        row("b", "before", "CPU"),
+        row("c", now, "CPU"),
+        row("d", now, "H100"),
+    ]
+    for order in itertools.permutations(rows):
+        assert stand_in(order, None, "t").name == "d"
+        assert stand_in(order[:0], None, "t") is None
+        assert stand_in(order, None, "other") is None
+        assert stand_in(order, RTN.recipe, "t") is None
+    assert stand_in(rows[:3], None, "t").name == "c"
+    assert stand_in(rows[:2], None, "t").name == "a"
+
+
+def test_rows_at_a_time_give_the_same_comparison_in_the_same_order(setup, fake, tmp_path):
+    one = compare(setup, [RTN, GPTQ, NF4], tmp_path / "one")
+    assert compare(setup, [RTN, GPTQ, NF4], tmp_path / "three", schedule=Schedule(workers=3)) == one
+    assert read_rows(tmp_path / "three") == read_rows(tmp_path / "one")
+
+
+def test_as_many_rows_are_at_work_as_workers_and_the_original_alone(setup, tmp_path, monkeypatch):
+    together, alone = threading.Barrier(2, timeout=20), []
+
+    def work(self, job, step):
+        if job["recipe"] is None:
+            alone.append(together.n_waiting)
+        else:
+            together.wait()  # breaks unless two rows meet here
+        return "row", {"bits": 4.0, "perplexity": 1.0}
+
+    monkeypatch.setattr(Processes, "run", work)
+    found = compare(setup, [RTN, GPTQ], tmp_path, schedule=Schedule(workers=2))
+    assert (len(found.rows), found.failed, alone) == (2, [], [0])
+
+
+def test_no_row_begins_after_the_last_minute(setup, tmp_path, monkeypatch):
+    clock = [0.0]
+
+    def work(self, job, step):
+        clock[0] += 50
+        return "row", {"bits": 4.0, "perplexity": 1.0}
+
+    monkeypatch.setattr(Processes, "run", work)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    seen = Seen()
+    found = compare(setup, [RTN, GPTQ, NF4], tmp_path, seen, Schedule(minutes=1))
+    assert seen.begun == ["original", RTN.name]
+    assert found.missing == (GPTQ.name, NF4.name)
+    found = compare(setup, [RTN, GPTQ, NF4], tmp_path, seen, Schedule(minutes=0))
+    assert len(found.missing) == 2
+    assert compare(setup, [RTN, GPTQ, NF4], tmp_path, seen).missing == ()
+
+
+def test_an_end_kills_what_runs_and_lets_nothing_begin(tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\necho \'["step", "block", 1, 2]\'\nexec sleep 60\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(processes.sys, "executable", str(script))
+    ours = Processes(2)
+    kind, said = ours.run({}, lambda *_: ours.end())
+    assert (kind, ours.ended) == ("failed", True)
+    assert "SIGKILL" in said
+    assert ours.run({}, print) == ("failed", "the comparison has ended")
+
+
+def test_processes_share_the_processors(tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\necho "[\\"row\\", \\"$OMP_NUM_THREADS\\"]"\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(processes.sys, "executable", str(script))
+    monkeypatch.setattr(processes.os, "cpu_count", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert [Processes(n).run({}, print)[1] for n in (1, 8, 40)] == ["", "2", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert Processes(8).run({}, print)[1] == "5"

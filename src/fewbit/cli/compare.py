@@ -239,7 +239,8 @@ def _show(found: Comparison, folder: Path) -> None:
     rows.append(("", "s: of the processor on a CPU, all threads; by the clock on a GPU"))
     rows += [("failed", f"{row.title}: {row.error}") for row in found.failed]
     if found.missing:
-        rows.append(("missing", f"{'; '.join(found.missing)}: the same command measures them"))
+        said = f"{len(found.missing)} rows, measured without --minutes, --only and --skip: "
+        rows.append(("missing", said + "; ".join(found.missing)))
     cut = max((row.cut for row in found.rows), default=0)
     if cut:
         rows.append(("mind", f"{number(cut)} requests of tasks are longer than the context: cut in front"))

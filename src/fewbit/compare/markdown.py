@@ -33,6 +33,8 @@ def markdown(comparison: Comparison) -> str:
         title = [f"### {heading[0].upper()}{heading[1:]}", ""] if heading else []
         lines = [*title, _line(head), rule, *(_line(_cells(row, names)) for row in rows)]
         parts.append("\n".join(lines))
+    if comparison.original.perplexity is not None:
+        parts.append(f"Original: perplexity {comparison.original.perplexity:.2f}.")
     if any(not row.by_this_version for row in shown):
         parts.append("†: by an earlier version of fewbit.")
     if comparison.missing:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Event, Lock
 from typing import Any
 
@@ -38,8 +39,9 @@ class Processes:
             )
             self._running.add(process)
         try:
-            process.stdin.write(json.dumps(job))
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # one that has died already: its end says why
+                process.stdin.write(json.dumps(job))
+                process.stdin.close()
             for line in process.stdout:
                 kind, *said = json.loads(line)
                 if kind == "step":

@@ -33,11 +33,9 @@ class Schedule:
         titles = [(entry, entry.title.casefold()) for entry in entries]
         kept = [e for e, title in titles if _any(only, title) and not _any(skip, title)]
         if not kept:
-            asked = [
-                f"{name} {', '.join(ts)}" for name, ts in (("only", self.only), ("skip", self.skip)) if ts
-            ]
             raise InputError(
-                f"no row is left by {' and '.join(asked)}; titles read like {entries[0].title!r}"
+                f"no row is left by only {', '.join(self.only) or 'all'} and skip "
+                f"{', '.join(self.skip) or 'none'}; titles read like {entries[0].title!r}"
             )
         return kept
 
