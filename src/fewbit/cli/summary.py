@@ -10,6 +10,7 @@ from typing import IO
 
 from fewbit.cli.show import duration, facts, percent, size, some, table
 from fewbit.cli.size import parameters, size_bytes
+from fewbit.stream.coverage import coverage
 from fewbit.stream.planned import Plan
 from fewbit.stream.quantize import Result
 
@@ -103,6 +104,7 @@ def show_result(result: Result, model: str, stream: IO[str]) -> None:
         done = "nothing to do: the same command had finished before"
     elif result.resumed_blocks:
         done += f"; {result.resumed_blocks} blocks were taken over from an interrupted run"
+    experts = coverage(result.rows)
     written = sum(file.stat().st_size for file in Path(result.output).glob("*.safetensors"))
     facts(
         [
@@ -110,6 +112,7 @@ def show_result(result: Result, model: str, stream: IO[str]) -> None:
             ("written as", HELD_BY[plan.checkpoint]),
             ("bits", f"{plan.bits_per_weight:.2f} per quantized weight"),
             ("size", f"{_before(plan)} -> {size(written)}"),
+            *([("experts", str(experts))] if experts else []),
             ("verified", _verified(result.difference)),
             ("done", done),
         ],

@@ -29,17 +29,18 @@ def check_disk(output: Path, size: int) -> None:
         )
 
 
-def memory(model, blocks, layers, calibration, device, depth, item, tuning=None) -> tuple[str, int]:
+def memory(model, blocks, layers, calibration, device, depth, item, recipe) -> tuple[str, int]:
     """(depth, predicted peak bytes on the device that computes): weights of one block, activations, Gram
-    matrices; for tuning the float model's outputs, Adam's state of a block and one batch's backward.
+    matrices (of experts those of one); for maps folded before experts what a fold copies; for tuning the
+    float model's outputs, Adam's state of a block and one batch's backward.
     """
     per_block = [sum(p.numel() for p in b.parameters()) * item for b in blocks.modules]
     largest = max(math.prod(layer.shape) for layer in layers) * 4
     outer = sum(p.numel() for p in model.parameters()) * item - sum(per_block)
     base = 0 if device != "cpu" else _resident()
     tokens = calibration.samples * calibration.seqlen if calibration else 64
-    widths = sorted({layer.shape[1] for layer in layers if layer.block == 0} or {layers[0].shape[1]})
-    hidden = widths[0]
+    widths, tuning = sorted({layer.shape[1] for layer in layers}), recipe.tuning
+    hidden = model.config.get_text_config().hidden_size
     grams = widths[-1] ** 2 * 4 * 4  # H, its permuted copy, its factor and M
     alive = {
         "linear": tokens * item * (3 * hidden + 2 * widths[-1]),
@@ -47,9 +48,16 @@ def memory(model, blocks, layers, calibration, device, depth, item, tuning=None)
     }
 
     learning = 0
+    experts = [0] * len(blocks)
+    for layer in layers:
+        experts[layer.block] += math.prod(layer.shape) * (layer.share < 1)
+    if any(experts):
+        alive["block"] += tokens * item * hidden  # what the experts were called with
+        # all that read one norm are scaled at once: the weights before, and in float for the choice
+        learning += max(experts) * (item + 4) if recipe.transforms else 0
     if tuning is not None:  # weights, the best of them, gradients, two moments; what backward keeps of a call
         call = tuning.batch * calibration.seqlen * (16 * hidden + 6 * widths[-1])
-        learning = 2 * tokens * item * hidden + 5 * max(per_block) // item * 4 + 4 * call
+        learning += 2 * tokens * item * hidden + 5 * max(per_block) // item * 4 + 4 * call
 
     # Embeddings and head are resident only while no activations are: at the very start and the very end.
     def peak(d: str) -> int:

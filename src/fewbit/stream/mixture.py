@@ -36,6 +36,7 @@ from fewbit.stream.inputs import Inputs
 from fewbit.stream.planned import PlannedLayer
 from fewbit.transform.chooser import Chooser
 
+THIN = "too few tokens were routed to this expert: solved with all tokens of its block"
 ENOUGH = 4  # one token for so many inputs of the widest layer, or the expert is thin
 
 
@@ -61,11 +62,10 @@ class Routed:
     def enough(self, e: int, expert: nn.Module) -> tuple[list[Tensor], int, tuple[str, ...]]:
         """What ``expert``, the one at ``e``, is solved from; how many tokens are its own; a note if all."""
         inputs = self.inputs(e)
-        tokens, total = sum(map(len, inputs)), sum(map(len, self.hidden))
+        tokens = sum(map(len, inputs))
         if tokens * ENOUGH >= max(weight_of(m).shape[1] for m in linears(expert).values()):
             return inputs, tokens, ()
-        said = f"{tokens} of {total} tokens were routed here, too few: solved with all of them"
-        return list(self.hidden), tokens, (said,)
+        return list(self.hidden), tokens, (THIN,)
 
 
 def solve_experts(

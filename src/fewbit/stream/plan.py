@@ -19,7 +19,7 @@ from fewbit.format import Format
 from fewbit.io import compressed_tensors
 from fewbit.io.skeleton import build_skeleton, parameter_map
 from fewbit.io.source import Source
-from fewbit.nn.experts import is_fused, routers
+from fewbit.nn.experts import in_experts, is_fused, routers
 from fewbit.recipe import Recipe
 from fewbit.recipe.recipe import Rule
 from fewbit.solve import Need
@@ -80,7 +80,7 @@ def make_plan(
     if recipe.of_encoder:
         chosen, peak = memory_whole(model, layers, used, device, depth, item_run)
     else:
-        chosen, peak = memory(model, blocks, layers, used, device, depth, item_run, recipe.tuning)
+        chosen, peak = memory(model, blocks, layers, used, device, depth, item_run, recipe)
     caveats = _caveats(layers, source, used, reason, recipe.tuning)
     if learns(recipe):
         dtype = torch.float32 if device == "cpu" else source.dtype
@@ -132,7 +132,8 @@ def _caveats(layers, source, calibration, reason, tuning) -> tuple[str, ...]:
             "the outputs of the float model in memory; it is most of the time"
         )
     if not reason:
-        out += compressed_tensors.caveats({layer.name: layer.format for layer in layers}, source.dtype)
+        given = {layer.name: layer.activation for layer in layers if layer.activation is not None}
+        out += compressed_tensors.caveats({x.name: x.format for x in layers}, source.dtype, given)
     if any(layer.rule.split is not None for layer in layers):
         out.append("columns that meet outliers in the calibration are stored in float on top of this size")
     solved = [layer for layer in layers if Need.GRAM in layer.rule.solver.needs]
@@ -160,6 +161,7 @@ def assign(
         f"{b}.{n}": (i, m) for i, b in enumerate(blocks.names) for n, m in linears(blocks.modules[i]).items()
     }
     _check_experts(blocks)
+    shares = _shares(model)
     for name, module in linears(model).items():
         stored = mapping.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
         if stored.rpartition(".")[2] != name.rpartition(".")[2]:
@@ -185,6 +187,7 @@ def assign(
                 shape=shape,
                 kind="Conv1D" if is_transposed(module) else "Linear",
                 rule=rule,
+                share=shares.get(name.rpartition(".")[0], 1.0),
             )
         )
     left += [mapping.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight") for n in routers(model)]
@@ -216,6 +219,13 @@ def _check_experts(blocks: Blocks) -> None:
                     "down matrices, or another transformers is needed to tell; models with such experts are "
                     "not quantized"
                 )
+
+
+def _shares(model: nn.Module) -> dict[str, float]:
+    """Of the tokens that pass a mixture, the share that each expert gets, by the expert's name."""
+    k = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+    found = in_experts(model).items()
+    return {f"{name}.{e}": min(1.0, k / len(experts)) for name, experts in found for e in range(len(experts))}
 
 
 def _table(model: nn.Module, format: Format, mapping: dict[str, str]) -> PlannedLayer:

@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from fewbit.format import Format
+from torch import Tensor
+
+from fewbit.format import Format, QTensor
 from fewbit.format.activation import Activation
-from fewbit.format.split import Apart
+from fewbit.format.split import Apart, SplitTensor
 from fewbit.io import compressed_tensors, inputs, native
 from fewbit.io.source import Source
 from fewbit.recipe import Recipe
@@ -34,6 +36,7 @@ class PlannedLayer:
     shape: tuple[int, int]
     kind: str
     rule: Rule
+    share: float = 1.0  # of the block's tokens, those that reach it: k of E for an expert
     online: Map | None = None  # what a rotation has left for every call; known once the block is rotated
     apart: Apart | None = None  # columns kept in float; known once the layer is solved
 
@@ -199,6 +202,13 @@ def needs_of(layers: Iterable[PlannedLayer], recipe: Recipe) -> frozenset[Need]:
     of_layers = (layer.rule.needs for layer in layers)
     block = frozenset() if recipe.tuning is None else {Need.BLOCK}
     return block.union(*of_layers, *(chooser.needs for chooser in recipe.transforms))
+
+
+def to_dict(plan: Plan, layer: PlannedLayer, q: QTensor | SplitTensor) -> dict[str, Tensor]:
+    """What the plan's checkpoint format stores of a layer's weight."""
+    if plan.checkpoint == "native":
+        return native.to_dict(layer.name, q)
+    return compressed_tensors.to_dict(layer.name, q, layer.activation)
 
 
 def codec(plan_or_checkpoint: Plan | str):

@@ -20,6 +20,7 @@ from fewbit.format.codec import to_plain
 from fewbit.io import compressed_tensors, native
 from fewbit.io.source import open_source
 from fewbit.recipe import Recipe
+from fewbit.stream.coverage import coverage
 from fewbit.stream.data import Calibration, sample_tokens, token_hash
 from fewbit.stream.encoder import Encoder
 from fewbit.stream.job import MANIFEST, RECIPE, Job, depth_of_interrupted, write_text
@@ -60,6 +61,7 @@ class Result:
             "source_bytes": self.plan.source_bytes,
             "layers": [row.as_dict() for row in self.rows],
             "sites": len(self.plan.sites),
+            "experts": None if (found := coverage(self.rows)) is None else found.as_dict(),
             "mean_error": sum(row.error for row in self.rows) / len(self.rows),
             "reload_difference": self.difference,
             "resumed_blocks": self.resumed_blocks,
@@ -248,7 +250,8 @@ def quantization_config(plan: Plan) -> dict:
     if plan.checkpoint == "native":
         entries = {x.name: x.entry for x in plan.layers}
         return native.quantization_config(entries, [site.entry for site in plan.sites])
-    return compressed_tensors.quantization_config({x.name: x.format for x in plan.layers}, plan.left)
+    formats, inputs = ({x.name: getattr(x, k) for x in plan.layers} for k in ("format", "activation"))
+    return compressed_tensors.quantization_config(formats, plan.left, inputs)
 
 
 def _write_manifest(plan: Plan, job: Job, rows: list[LayerRow], difference: float | None) -> None:
@@ -262,6 +265,8 @@ def _write_manifest(plan: Plan, job: Job, rows: list[LayerRow], difference: floa
         "unused_tensors": list(plan.unused),
         "layers": [row.as_dict() for row in rows],
     }
+    if (found := coverage(rows)) is not None:
+        manifest["experts"] = found.as_dict()
     write_text(job.ready / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 

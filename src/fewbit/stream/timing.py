@@ -70,13 +70,15 @@ def seconds(
     if calibration is None:
         return total
     window = min(calibration.seqlen, SENTENCE) if depth == "whole" else calibration.seqlen
-    tokens, weights = calibration.samples * window, sum(math.prod(x.shape) for x in own)
-    groups = {(x.block, x.module.rpartition(".")[0], x.shape[1]) for x in own}
-    grams = sum(tokens * n * n for _, _, n in groups) / speed
+    tokens, weights = calibration.samples * window, sum(x.share * math.prod(x.shape) for x in own)
+    groups = {(x.block, x.module.rpartition(".")[0], x.shape[1], x.share) for x in own}
+    grams = sum(share * tokens * n * n for _, _, n, share in groups) / speed
     one_pass = BLOCK * 2 * tokens * weights / speed
     passes, gathered = 1.0, 0
     if any(x.rule.needs & {Need.GRAM, Need.CROSS} for x in own):
         gathered, passes = 1, passes + (depth == "block")
+        experts = sum(x.share * math.prod(x.shape) for x in own if x.share < 1)
+        total += 2 * BLOCK * 2 * tokens * experts / speed  # run for their first layers, and for their last
     for chooser in recipe.transforms:
         passes, gathered = passes + 1, gathered + (Need.GRAM in chooser.needs)
         if chooser.kinds & SCALES:
