@@ -17,7 +17,7 @@ TIERS = [
     {"kernel"},
     {"transform", "solve", "nn"},
     {"io", "train"},
-    {"recipe", "seams", "search", "analyze", "evaluate"},
+    {"recipe", "seams", "search", "analyze", "evaluate", "serve"},
     {"report"},  # HTML of what the tiers below have found; needs none of them but errors
     {"stream"},
     {"inspect", "compare"},
