@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from markupsafe import Markup
 
 from fewbit.compare.rows import Comparison, Row, front
 from fewbit.report import Axis, Cell, Column, Drawn, Section, Series, chart, facts, page, table
 
 FILE = "report.html"
+MOST_WRITTEN = 12  # rows off the front whose names stand in the picture; of more, the mouse and the list tell
+SET_OFF = "Set off: nothing else has as few bits and as small a KL."
 
 
 def report(comparison: Comparison) -> str:
@@ -15,7 +19,9 @@ def report(comparison: Comparison) -> str:
     setup = comparison.setup
     best = front(comparison.rows)
     sections = [Section(title="In short", parts=[facts(_facts(comparison)), *_picture(comparison, best)])]
-    sections.append(Section(title="Recipes", parts=[_table(comparison, best), *_failed(comparison)]))
+    sections.append(
+        Section(title="Recipes", parts=[SET_OFF, *_tables(comparison, best), *_left_out(comparison)])
+    )
     if any(row.tasks for row in comparison.rows):
         sections.append(Section(title="Tasks", parts=[_tasks(comparison), P_VALUE]))
     sections.append(Section(title="Commands", parts=[_commands(comparison)]))
@@ -45,7 +51,9 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     if setup["tasks"]:
         rows.append(("tasks", asked(setup)))
     if comparison.failed:
-        rows.append(("failed", ", ".join(row.name for row in comparison.failed)))
+        rows.append(("failed", ", ".join(row.title for row in comparison.failed)))
+    if comparison.missing:
+        rows.append(("not measured yet", f"{len(comparison.missing)} rows, named below the tables"))
     return rows
 
 
@@ -62,7 +70,15 @@ def _picture(comparison: Comparison, best: list[Row]) -> list[str | Markup]:
         return ["No recipe has a KL above 0 to show."]
     line = [r for r in best if r in shown]
     rest = [r for r in shown if r not in best]
-    series = [_series("nothing beats these", line, Drawn.BOTH), _series("others", rest, Drawn.POINTS)]
+    few = len(rest) <= MOST_WRITTEN
+    series = [
+        _series(
+            "nothing beats these", line, [r.name for r in line], drawn=Drawn.BOTH, written=True, colour=0
+        ),
+        _series("others", rest, [r.title for r in rest], drawn=Drawn.POINTS, written=few, colour=1),
+    ]
+    if not few:
+        series.reverse()  # many others lie below the front; few give the first choice of places to its names
     return [
         chart(
             [s for s in series if s.points],
@@ -74,64 +90,65 @@ def _picture(comparison: Comparison, best: list[Row]) -> list[str | Markup]:
     ]
 
 
-def _series(name: str, rows: list[Row], drawn: Drawn) -> Series:
-    return Series(
-        name=name,
-        points=[(r.bits, r.kl) for r in rows],
-        labels=[r.name for r in rows],
-        drawn=drawn,
-        written=True,
-    )
+def _series(name: str, rows: list[Row], labels: list[str], **drawn: Any) -> Series:
+    return Series(name=name, points=[(r.bits, r.kl) for r in rows], labels=labels, **drawn)
 
 
-def _table(comparison: Comparison, best: list[Row]) -> Markup:
-    """All rows that have figures."""
+def _tables(comparison: Comparison, best: list[Row]) -> list[Markup]:
+    """All rows that have figures, beside the original: a table for each heading."""
     there = [r for r in comparison.by_bits if r.error is None]
-    first = comparison.original.tasks if comparison.original.error is None else ()
-    names = list(dict.fromkeys(task["task"] for task in first))
+    original = comparison.original
+    names = list(dict.fromkeys(task["task"] for task in original.tasks)) if original.error is None else []
     columns = [
         Column(name="recipe"),
         Column(name="bits", number=True, help="Stored per quantized weight: codes, scales, zeros, tables"),
-        Column(name="size", number=True, help="Of the weight files"),
         Column(name="KL", number=True, help="KL(original || result), nats per token"),
         Column(name="±", number=True, help="Standard error of KL over windows", digits=2),
         Column(name="top-1 %", number=True, help="Tokens at which both hold the same one likeliest"),
         Column(name="perplexity", number=True),
+        Column(name="size", number=True, help="Of the weight files"),
         *(Column(name=name, number=True, help="Share of right answers in %") for name in names),
         Column(name="CPU s", number=True, help="Of all threads, imports included"),
         Column(name="clock s", number=True, help="Of quantizing, imports left out"),
         Column(name="memory", number=True, help="Peak of the process that quantizes; on a GPU what it held"),
+        Column(name="on", help="Where it was measured, and by which version of fewbit if not by this one"),
         Column(name="format", help="What the checkpoint is written in"),
     ]
-    rows = []
-    for r in (*there, comparison.original):
-        if r.error is not None:
-            continue
-        by_name = {task["task"]: task for task in reversed(r.tasks)}
-        rows.append(
-            [
-                r.name,
-                Cell(text=f"{r.bits:.3f}", value=r.bits),
-                _bytes(r.size_bytes),
-                r.kl,
-                r.kl_error,
-                None if r.top1 is None else Cell(text=f"{100 * r.top1:.1f}", value=r.top1),
-                None if r.perplexity is None else Cell(text=f"{r.perplexity:.4g}", value=r.perplexity),
-                *(_share(by_name.get(name)) for name in names),
-                None if r.cpu_seconds is None else Cell(text=f"{r.cpu_seconds:.0f}", value=r.cpu_seconds),
-                None if r.wall_seconds is None else Cell(text=f"{r.wall_seconds:.0f}", value=r.wall_seconds),
-                _bytes(r.peak_bytes),
-                r.checkpoint,
-            ]
-        )
-    marked = [i for i, r in enumerate(there) if r in best]
-    return table(
-        columns,
-        rows,
-        caption="Set off: nothing else has as few bits and as small a KL",
-        marked=marked,
-        sorted_by=(1, "ascending"),
-    )
+    last = [original] if original.error is None else []
+    tables = []
+    for heading in dict.fromkeys(r.heading for r in comparison.rows):  # in the order of the file
+        own = [r for r in there if r.heading == heading]
+        if own:
+            tables.append(
+                table(
+                    columns,
+                    [_row(r, names) for r in (*own, *last)],
+                    caption=heading or "All recipes",
+                    marked=[i for i, r in enumerate(own) if r in best],
+                    sorted_by=(1, "ascending"),
+                )
+            )
+    return tables
+
+
+def _row(r: Row, names: list[str]) -> list[Cell | str | float | None]:
+    by_name = {task["task"]: task for task in reversed(r.tasks)}  # the first metric of each
+    on = r.on if r.by_this_version else f"{r.on or ''} ({r.versions.get('fewbit', 'before')})".strip()
+    return [
+        r.name,
+        Cell(text=f"{r.bits:.3f}", value=r.bits),
+        r.kl,
+        r.kl_error,
+        None if r.top1 is None else Cell(text=f"{100 * r.top1:.1f}", value=r.top1),
+        None if r.perplexity is None else Cell(text=f"{r.perplexity:.4g}", value=r.perplexity),
+        _bytes(r.size_bytes),
+        *(_share(by_name.get(name)) for name in names),
+        None if r.cpu_seconds is None else Cell(text=f"{r.cpu_seconds:.0f}", value=r.cpu_seconds),
+        None if r.wall_seconds is None else Cell(text=f"{r.wall_seconds:.0f}", value=r.wall_seconds),
+        _bytes(r.peak_bytes),
+        on,
+        r.checkpoint,
+    ]
 
 
 def _bytes(n: int | None) -> Cell | None:
@@ -165,7 +182,7 @@ def _tasks(comparison: Comparison) -> Markup:
             turned = [None if t[way] is None else len(t[way]) for way in ("lost", "gained")]
             rows.append(
                 [
-                    r.name,
+                    r.title,
                     t["task"],
                     t["metric"],
                     t["questions"],
@@ -178,8 +195,11 @@ def _tasks(comparison: Comparison) -> Markup:
     return table(columns, rows, caption="Answers, beside those of the original")
 
 
-def _failed(comparison: Comparison) -> list[str]:
-    return [f"{row.name} failed: {row.error}" for row in comparison.failed]
+def _left_out(comparison: Comparison) -> list[str]:
+    said = [f"{row.title} failed: {row.error}" for row in comparison.failed]
+    if comparison.missing:
+        said.append(f"Not measured yet: {'; '.join(comparison.missing)}.")
+    return said
 
 
 def _commands(comparison: Comparison) -> Markup:
@@ -188,7 +208,7 @@ def _commands(comparison: Comparison) -> Markup:
     c = comparison.setup["calibration"]
     text = f"--data {c['source']} --samples {c['samples']} --seqlen {c['seqlen']} --seed {c['seed']}"
     rows = [
-        [r.name, f"fewbit quantize {comparison.setup['model']} {r.words} {text} -o OUT"]
+        [r.title, f"fewbit quantize {comparison.setup['model']} {r.words} {text} -o OUT"]
         for r in comparison.by_bits
     ]
     return table(columns, rows, caption="Commands that write the checkpoints")
