@@ -1,13 +1,15 @@
-"""GGUF files as a source: dequantized to float32, under the names that Hugging Face checkpoints use.
+"""GGUF files as a source, under the names that Hugging Face checkpoints use.
 
-Each ``read`` takes the bytes of the wanted tensors from the file and decodes them with ``gguf.quants``. Files
-of architecture llama hold the rows of the q and k projections interleaved, for llama.cpp's rotary kernel;
+``read`` dequantizes to float32, every type that ``gguf.quants`` decodes. ``read_qtensor`` gives the codes and
+steps as the file has them, for the types that a Format can say (``fewbit.io.gguf_codes``). Files of
+architecture llama hold the rows of the q and k projections interleaved, for llama.cpp's rotary kernel;
 ``unpermute`` puts them back. The configuration and the tokenizer come from the metadata.
 
 Road not taken: transformers' own GGUF loader, over 30 s for a model of 135 million weights (here 3 s), all of
 which are in memory together.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -17,8 +19,13 @@ import numpy as np
 import torch
 
 from fewbit.errors import InputError
-from fewbit.io.base import Source, TensorInfo, content_hash
+from fewbit.format.format import Format
+from fewbit.format.qtensor import QTensor, value_of
+from fewbit.io.base import Source, TensorInfo, check_finite, content_hash
+from fewbit.io.gguf_codes import FORMAT_OF, decode
+from fewbit.io.gguf_config import read_config
 from fewbit.io.gguf_file import Stored, read_container
+from fewbit.io.native import Entry
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 OUTER_NAMES = {
@@ -53,7 +60,7 @@ def unpermute(w: np.ndarray, heads: int) -> np.ndarray:
 
 
 class GgufSource(Source):
-    """A GGUF file. Tensors carry Hugging Face names and come back dequantized, float32."""
+    """A GGUF file. Tensors carry Hugging Face names and ``read`` gives them dequantized, float32."""
 
     def __init__(self, path: Path, name: str):
         """Read the header. Raises ``InputError`` for an architecture or tensor that is not supported."""
@@ -88,92 +95,13 @@ class GgufSource(Source):
 
     @cached_property
     def _config(self):
-        import transformers
-
-        kind = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[self.architecture]
-        heads = self._key("attention.head_count")
-        hidden = self._key("embedding_length")
-        ids = {
-            f"{role}_token_id": self.container.metadata.get(f"tokenizer.ggml.{key}_token_id")
-            for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-        }
-        fields = {
-            "vocab_size": self._embedding().shape[0],
-            "hidden_size": hidden,
-            "intermediate_size": self._key("feed_forward_length"),
-            "num_hidden_layers": self._key("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": self._key("attention.head_count_kv", heads),
-            "max_position_embeddings": self._key("context_length"),
-            "rms_norm_eps": _shortest(self._key("attention.layer_norm_rms_epsilon")),
-            "rope_parameters": self._rope(),
-            "tie_word_embeddings": "lm_head.weight" not in self._stored,
-            "architectures": [f"{kind}ForCausalLM"],
-            "dtype": torch.bfloat16,
-            **ids,
-        }
-        if self.architecture != "qwen2":  # Qwen2's heads always divide the hidden size
-            rotary = self._key("rope.dimension_count", hidden // heads)
-            fields["head_dim"] = self._key("attention.key_length", rotary)
-        if self.architecture == "llama":
-            fields["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self._stored
-            fields["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in self._stored
-        return getattr(transformers, f"{kind}Config")(**fields)
-
-    def _embedding(self) -> Stored:
-        name = OUTER_NAMES["token_embd.weight"]
-        if name not in self._stored:
-            raise InputError(
-                f"{self.name} has no tensor token_embd.weight; it is no complete language model."
-            )
-        return self._stored[name]
-
-    def _key(self, suffix: str, default=None):
-        value = self.container.metadata.get(f"{self.architecture}.{suffix}", default)
-        if value is None:
-            raise InputError(
-                f"{self.name} lacks the metadata {self.architecture}.{suffix}; convert the model again."
-            )
-        return value
-
-    def _rope(self) -> dict:
-        """The rotary parameters: plain, linear, or Llama 3.1's, recognised by its table of factors."""
-        theta = float(self._key("rope.freq_base", 10000.0))
-        kind = self._key("rope.scaling.type", "none")
-        if ROPE_FACTORS in self.container.tensors:
-            return self._llama3_rope(theta)
-        if kind == "none":
-            return {"rope_type": "default", "rope_theta": theta}
-        if kind == "linear":
-            return {
-                "rope_type": "linear",
-                "rope_theta": theta,
-                "factor": float(self._key("rope.scaling.factor")),
-            }
-        raise InputError(f"{self.name} uses rope scaling {kind!r}; none, linear and llama3 are supported.")
-
-    def _llama3_rope(self, theta: float) -> dict:
-        """Llama 3.1's rule, from a table of what each frequency is divided by.
-
-        The divisor is 1 for short waves, ``factor`` for long ones, with a ramp between. The parameters of the
-        rule are not in the file: the published ones are tried and must reproduce the table.
-        """
-        factors = self._decode(self.container.tensors[ROPE_FACTORS]).astype(np.float64)
-        low, high, original, factor = 1.0, 4.0, 8192, float(factors.max())
-        turns = original * theta ** (-np.arange(len(factors)) / len(factors)) / (2 * np.pi)
-        smooth = np.clip((turns - low) / (high - low), 0, 1)
-        if not np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-3):
-            raise InputError(
-                f"{self.name} has a table of rope factors that is not Llama 3.1's; it is not supported."
-            )
-        return {
-            "rope_type": "llama3",
-            "rope_theta": theta,
-            "factor": factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        }
+        factors = self.container.tensors.get(ROPE_FACTORS)
+        return read_config(
+            self.container.metadata,
+            {name: stored.shape for name, stored in self._stored.items()},
+            None if factors is None else self._decode(factors),
+            self.name,
+        )
 
     def tokenizer(self):
         """See :class:`Source`. Built from the file's own tokens and merges."""
@@ -192,25 +120,75 @@ class GgufSource(Source):
         """See :class:`Source`. Everything is dequantized to float32."""
         result = {}
         for name in names:
-            w = self._decode(self._stored[name])
-            if self.architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
-                heads = self.config().num_attention_heads
-                w = unpermute(w, heads if ".q_proj." in name else self.config().num_key_value_heads)
+            w = self._in_order(name, self._decode(self._stored[name]))
             result[name] = torch.from_numpy(np.ascontiguousarray(w))
         return result
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Format and shape of every weight whose codes can be read, by the module's name."""
+        return {
+            name.removesuffix(".weight"): Entry(format=FORMAT_OF[kind], shape=stored.shape)
+            for name, stored in self._stored.items()
+            if (kind := _kind(stored)) in FORMAT_OF and len(stored.shape) == 2
+        }
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """Format of every weight whose codes can be read, by the module's name."""
+        return {module: entry.format for module, entry in self.entries.items()}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean stored bits of all matrices."""
+        stored = [s for s in self._stored.values() if len(s.shape) > 1]
+        return 8 * sum(s.nbytes for s in stored) / max(1, sum(math.prod(s.shape) for s in stored))
+
+    def read_qtensor(self, module: str) -> QTensor:
+        """The weight [out, in] of ``module`` code for code. KeyError where ``entries`` does not list it.
+
+        Raises ``InputError`` for steps that are NaN or infinite.
+        """
+        if module not in self.entries:
+            raise KeyError(module)
+        name = f"{module}.weight"
+        stored = self._stored[name]
+        rows = self._in_order(name, self._bytes(stored).reshape(stored.shape[0], -1))
+        q = decode(_kind(stored), rows, stored.shape)
+        for part in (q.scale, q.zero):
+            if part is not None:
+                check_finite(name, value_of(part))
+        return q
+
+    def _in_order(self, name: str, w: np.ndarray) -> np.ndarray:
+        """Rows of values or of bytes as Hugging Face has them."""
+        if self.architecture != "llama" or not (".q_proj." in name or ".k_proj." in name):
+            return w
+        config = self.config()
+        return unpermute(w, config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads)
+
+    def _bytes(self, stored: Stored) -> np.ndarray:
+        return np.fromfile(self.path, dtype=np.uint8, count=stored.nbytes, offset=stored.offset)
 
     def _decode(self, stored: Stored) -> np.ndarray:
         """The tensor's float32 values, ``[*stored.shape]``, as owned memory."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        raw = np.fromfile(self.path, dtype=np.uint8, count=stored.nbytes, offset=stored.offset)
+        raw = self._bytes(stored)
         if stored.kind == GGMLQuantizationType.F32:
             return raw.view(np.float32).reshape(stored.shape)
         if stored.kind == GGMLQuantizationType.F16:
             return raw.view(np.float16).astype(np.float32).reshape(stored.shape)
         rows = raw.reshape(*stored.shape[:-1], -1)
-        return dequantize(rows, GGMLQuantizationType(stored.kind)).reshape(stored.shape)
+        try:
+            return dequantize(rows, GGMLQuantizationType(stored.kind)).reshape(stored.shape)
+        except NotImplementedError as error:
+            kind = _kind(stored)
+            raise InputError(
+                f"{self.name} holds tensors of type {kind}, which the package gguf does not decode; give "
+                "another file of this model"
+            ) from error
 
     @property
     def dtype(self) -> torch.dtype:
@@ -234,6 +212,8 @@ class GgufSource(Source):
         return content_hash([(self.path.name, self.path, self.container.header)])
 
 
-def _shortest(number: float) -> float:
-    """The decimal that was meant by a float32: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(number)))
+def _kind(stored: Stored) -> str:
+    """The name of a tensor's ggml type."""
+    from gguf import GGMLQuantizationType
+
+    return GGMLQuantizationType(stored.kind).name
