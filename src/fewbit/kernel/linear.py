@@ -27,9 +27,11 @@ from fewbit.format.block import Channel, Group, PerTensor
 from fewbit.format.format import Format, Params, Zero
 from fewbit.format.qtensor import QTensor, value_of
 from fewbit.grid.integer import Int
+from fewbit.kernel import compiled
 from fewbit.kernel.pick import Implementation, pick
 
 _CACHED = 2**20  # decoded elements that stay in a CPU's cache
+_SMALL = 2**16  # of a weight with fewer elements the eager way is as fast
 
 
 def dequantize(q: QTensor, dtype: torch.dtype) -> Tensor:
@@ -100,9 +102,39 @@ def _int8_supports(device: str, fmt: Format, dtype: torch.dtype, activation: Act
     return device in ("cpu", "cuda") and whole and per_row and per_token
 
 
+def _compiled(
+    x: Tensor, weight: QTensor, bias: Tensor | None, activation: Activation | None, params: Params | None
+):
+    learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    small = weight.shape.numel() < _SMALL  # and nobody waits for a compiler on account of a toy
+    run = None if learns or small or torch.compiler.is_compiling() else compiled.decoder(weight)
+    if run is None:
+        return _eager(x, weight, bias, activation, params)
+    if activation is not None:
+        x = activation(x, params)
+    n, columns = weight.shape
+    bias = None if bias is None else bias.to(x.dtype)
+    tokens = x.numel() // columns
+    if tokens <= compiled.FEW:
+        y = compiled.multiply(run, x.reshape(-1, columns).float(), weight.shape).to(x.dtype)
+        y = y.view(*x.shape[:-1], n)
+        return y if bias is None else y + bias
+    rows, pieces = max(1, _CACHED // columns), []
+    for start in range(0, n, rows):
+        stop = min(start + rows, n)
+        w = compiled.decode(run, start, stop, columns).to(x.dtype)
+        pieces.append(F.linear(x, w, None if bias is None else bias[start:stop]))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+
+def _compiled_supports(device: str, fmt: Format, dtype: torch.dtype, activation: Activation | None) -> bool:
+    return device == "cpu" and dtype != torch.float64 and compiled.supports(fmt)
+
+
 EAGER = Implementation(name="eager", supports=lambda device, fmt, dtype, activation: True, run=_eager)
 INT8 = Implementation(name="int8", supports=_int8_supports, run=_int8)
-IMPLEMENTATIONS = (INT8, EAGER)
+COMPILED = Implementation(name="compiled", supports=_compiled_supports, run=_compiled)
+IMPLEMENTATIONS = (INT8, COMPILED, EAGER)
 
 
 def linear(
