@@ -1,4 +1,4 @@
-"""search: a recipe file that quantize takes, under the budget that was asked for; bad input in one sentence."""
+"""search: a recipe file that quantize takes, under the budget that was given; bad input in one sentence."""
 
 from pathlib import Path
 
@@ -114,7 +114,10 @@ def test_layers_with_one_input_choose_alike_when_told(fewbit, llama, tmp_path):
 
 
 def test_mofq_is_two_candidates_of_equal_bits(fewbit, llama, tmp_path):
-    own = {"INT": "rtn:grid=int4-narrow,group_size=32,range=absmax", "FP": "rtn:grid=e2m1,group_size=32,range=absmax"}
+    own = {
+        "INT": "rtn:grid=int4-narrow,group_size=32,range=absmax",
+        "FP": "rtn:grid=e2m1,group_size=32,range=absmax",
+    }
     words = ("-c", own["INT"], "-c", own["FP"], "--score", "weight", "--bits", 5, *SMALL)
     ran = fewbit("search", llama, *words, "-o", tmp_path / "m.yaml", "--json").json
     chosen = {r["layer"]: r["choice"] for r in ran["layers"]}

@@ -146,8 +146,6 @@ def choices(
 
     Raises ``InputError`` for what ``target`` cannot hold.
     """
-    if len(found) < 2:
-        raise InputError(f"{len(found)} candidates leave nothing to choose; give two or more with -c")
     own = {layer: [one.choice(layer) for one in found] for layer in kinds}
     if target is Target.VLLM:
         for layer, kind in kinds.items():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SAMPLES, KL_WINDOWS, KL_TOKENS = 32, 4, 256
 RANDOM = "random"
-HEADER, PARTS = 160, 4  # bytes that name a tensor in a file, and tensors of a quantized weight, about
+HEADER, PARTS = 120, 3  # bytes that name a tensor in a file, and tensors of a quantized weight, about
 
 
 class ScoreName(StrEnum):
