@@ -93,7 +93,7 @@ def test_a_requantized_checkpoint_starts_from_its_own_values(tmp_path):
 def test_other_quantization_methods_are_refused_by_name(tmp_path):
     save_quantized("llama", tmp_path / "q", int_format(4))
     other = copy_with_config(tmp_path / "q", tmp_path / "aqlm", quantization_config={"quant_method": "aqlm"})
-    with pytest.raises(InputError, match="quantized with 'aqlm', which is not read.*fewbit, compressed-t"):
+    with pytest.raises(InputError, match=r"quantized with 'aqlm', which is not read.*fewbit, compressed-t"):
         open_source(other)
 
 

@@ -169,7 +169,8 @@ class Checkpoint(SafetensorsSource):
         return out
 
     def _stored_names(self, module: str, entry: Entry) -> list[str]:
-        parts = self._codec.names(module, *entry.stored)
+        more = {"activation": entry.activation} if self._codec is compressed_tensors else {}
+        parts = self._codec.names(module, *entry.stored, **more)
         parts += self._input_names(module, entry)
         there = [f"{module}.{n}" for n in self._codec.optional]
         return self._all_there(parts) + [n for n in there if n in self._infos and n not in parts]

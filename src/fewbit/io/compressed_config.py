@@ -1,8 +1,14 @@
 """compressed-tensors in config.json: which Formats it holds, how they are written there, how they are read.
 
-Only the grid, the blocks, the zero point and the dtype of the steps go over: how a range was chosen, and
-which symmetric divisor, is not recorded there and does not matter for reading. Weights alone: quantized
-activations, caches and transforms are refused, not dropped.
+Weights, and inputs that are quantized per token, group or tensor. What is not held is refused, not dropped:
+
+- ``transform_config``: no reader runs it on every device (a rotation that could be folded needs no entry; one
+  at every call is written natively);
+- ``kv_cache_scheme``: it stores static steps k_scale and v_scale, and caches here find theirs at every call;
+- inputs whose steps are half static (NVFP4's "local" ones), and activation order by ``weight_g_idx``, which
+  the library itself gave up in 0.19. Orders "weight" and "static" leave plain groups and are read.
+
+The words of one format are those of ``fewbit.io.compressed_args``.
 """
 
 from __future__ import annotations
@@ -15,18 +21,22 @@ import torch
 
 from fewbit.errors import InputError
 from fewbit.format.activation import Activation
-from fewbit.format.block import Block, Block2d, Channel, Group, PerTensor
-from fewbit.format.fit import AbsMax, MinMax
+from fewbit.format.block import Block2d, Channel, Group, PerTensor
 from fewbit.format.format import Format, Zero
-from fewbit.grid import by_name
-from fewbit.grid.floating import Float
 from fewbit.grid.integer import Int
+from fewbit.io.compressed_args import (
+    E4M3,
+    activation_of,
+    args_of,
+    format_of,
+    layout_of,
+    refuse_input,
+)
+from fewbit.io.parts import plain_steps
 
 QUANT_METHOD = "compressed-tensors"
 VERSION = "0.20.0"  # of the layout that is written
-PACKED, NAIVE, MIXED = "pack-quantized", "naive-quantized", "mixed-precision"
-E4M3 = by_name("e4m3fn")
-_STEPS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+MIXED = "mixed-precision"
 # Projections that vLLM fuses into one matrix, which has one scheme.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -36,29 +46,37 @@ def refusal(format: Format, kind: str = "Linear", activation: Activation | None 
 
     ``activation`` is how the module's input is quantized.
     """
-    if activation is not None:
-        return "quantized inputs are not written there yet"
     if kind != "Linear":
         return f"compressed-tensors describes torch.nn.Linear modules only, and this is a {kind}"
     if format.scale is None:
         return f"compressed-tensors holds no weights without scales, such as plain {format.grid.name}"
-    if format.scale.scale is not None or format.scale.grid.name not in _STEPS.values():
-        return f"its scales are float32, float16 or bfloat16 there, not {format.scale}"
-    if isinstance(format.grid, Int):
-        return _refuse_integer(format)
-    if format.grid == E4M3:
-        if format.zero is not Zero.NONE:
-            return "FP8 weights have no zero point there"
-        if type(format.block) not in (PerTensor, Channel, Block2d):
-            return (
-                f"FP8 weights have one scale per tensor, channel or 2-D block there, not per {format.block}"
-            )
-        return None
-    return f"it holds integers of 1 to 8 bits and FP8 E4M3, not {format.grid.name}"
+    why = _refuse_weight(format, activation)
+    return why or (None if activation is None else refuse_input(format, activation))
 
 
-def _refuse_integer(format: Format) -> str | None:
-    if type(format.block) not in (Group, Channel):
+def _refuse_weight(format: Format, activation: Activation | None) -> str | None:
+    layout = layout_of(format)
+    if layout is not None and plain_steps(format) is None:
+        return None if format.zero is Zero.NONE else "MX and NVFP4 weights have no zero point there"
+    if isinstance(format.grid, Int) or format.grid == E4M3:
+        if layout is None:
+            return f"its scales are float32, float16 or bfloat16 there, not {format.scale}"
+        return _refuse_integer(format, activation) if isinstance(format.grid, Int) else _refuse_fp8(format)
+    held = "integers of 1 to 8 bits, FP8 E4M3, NVFP4, MXFP4, MXFP6 (E2M3) and MXFP8 (E4M3)"
+    return f"it holds {held}, not {format}"
+
+
+def _refuse_fp8(format: Format) -> str | None:
+    if format.zero is not Zero.NONE:
+        return "FP8 weights have no zero point there"
+    if type(format.block) not in (PerTensor, Channel, Block2d):
+        return f"FP8 weights have one scale per tensor, channel or 2-D block there, not per {format.block}"
+    return None
+
+
+def _refuse_integer(format: Format, activation: Activation | None) -> str | None:
+    whole = activation is not None and type(format.block) is PerTensor
+    if type(format.block) not in (Group, Channel) and not whole:
         return f"integer weights have one scale per group or channel there, not per {format.block}"
     if format.zero not in (Zero.NONE, Zero.INTEGER):
         return f"zero points are integers there, not a {format.zero} zero"
@@ -67,36 +85,40 @@ def _refuse_integer(format: Format) -> str | None:
     return None
 
 
-def caveats(formats: Mapping[str, Format], dtype: torch.dtype) -> list[str]:
+def caveats(
+    formats: Mapping[str, Format], dtype: torch.dtype, inputs: Mapping[str, Activation] | None = None
+) -> list[str]:
     """What a reader would do differently with a checkpoint of these modules, whose model is of ``dtype``.
 
-    One sentence each; none of them concerns fewbit's own reading.
+    One sentence each; none of them concerns fewbit's own reading. inputs: module -> how its input is
+    quantized.
     """
-    distinct, out = set(formats.values()), []
+    inputs = inputs or {}
+    distinct, out = {f for f in formats.values() if plain_steps(f) is not None}, []
     model, exact = str(dtype).removeprefix("torch."), (dtype, torch.float16, torch.bfloat16)
-    rounded = {f for f in distinct if _steps_dtype(f) not in (exact if dtype == torch.float32 else (dtype,))}
+    rounded = {f for f in distinct if plain_steps(f) not in (exact if dtype == torch.float32 else (dtype,))}
     if rounded:
-        others = ", ".join(sorted({str(_steps_dtype(f)).removeprefix("torch.") for f in rounded}))
+        others = ", ".join(sorted({str(plain_steps(f)).removeprefix("torch.") for f in rounded}))
         readers = (
             "transformers and vLLM round" if any(f.grid != E4M3 for f in rounded) else "transformers rounds"
         )
         out.append(f"{readers} the {others} scales to the model's {model}; use {model} scales")
     if any(f.zero is not Zero.NONE for f in distinct):
-        if len({json.dumps(_scheme(f)) for f in distinct}) > 1:
+        if len({json.dumps(_scheme(f)) for f in formats.values()}) > 1:
             out.append("transformers 5.23 cannot load several formats when one of them is asymmetric")
-        elif any(_steps_dtype(f) != dtype for f in distinct - rounded):
+        elif any(plain_steps(f) != dtype for f in distinct - rounded):
             out.append("transformers 5.23 rounds the decoded asymmetric weights to the dtype of their scales")
     if any(f.grid.bits == 1 for f in distinct):
         out.append("vLLM reads 2 to 8 bits, not 1")
     blocks = {f.block for f in distinct if type(f.block) is Block2d}
     if blocks - {Block2d(128, 128)}:
         out.append("vLLM has kernels for FP8 blocks of 128 x 128 only")
+    if any(type(a.format.block) is PerTensor and not a.static for a in inputs.values()):
+        out.append("vLLM finds steps of inputs per token, not one per call")
+    schemes = {m: json.dumps(_scheme(f, inputs.get(m))) for m, f in formats.items()}
     for parts in _FUSED:
         for parent in {m.rpartition(".")[0] for m in formats if m.rpartition(".")[2] in parts}:
-            schemes = {
-                json.dumps(_scheme(formats[m]) if m in formats else None) for m in _under(parent, parts)
-            }
-            if len(schemes) > 1:
+            if len({schemes.get(m) for m in _under(parent, parts)}) > 1:
                 out.append(f"vLLM fuses {', '.join(parts)} of {parent} and needs one format for them")
                 break
     return out
@@ -106,29 +128,27 @@ def _under(parent: str, parts: Collection[str]) -> list[str]:
     return [f"{parent}.{part}" if parent else part for part in parts]
 
 
-def _steps_dtype(format: Format) -> torch.dtype:
-    return next(dtype for dtype, name in _STEPS.items() if name == format.scale.grid.name)
-
-
-def quantization_config(formats: Mapping[str, Format], ignore: Collection[str]) -> dict:
+def quantization_config(
+    formats: Mapping[str, Format],
+    ignore: Collection[str],
+    inputs: Mapping[str, Activation | None] | None = None,
+) -> dict:
     """The ``quantization_config`` of config.json.
 
     formats: module -> Format of every quantized module; ignore: every other torch.nn.Linear, the output head
-    included. One scheme for all becomes the target "Linear"; several name their modules one by one.
+    included; inputs: module -> how its input is quantized. One scheme for all becomes the target "Linear";
+    several name their modules one by one.
     """
+    inputs = inputs or {}
     schemes: dict[str, list[str]] = {}
     for module, format in formats.items():
-        schemes.setdefault(json.dumps(_scheme(format)), []).append(module)
+        schemes.setdefault(json.dumps(_scheme(format, inputs.get(module))), []).append(module)
     groups = {}
     for i, (scheme, modules) in enumerate(schemes.items()):
-        groups[f"group_{i}"] = {
-            "targets": ["Linear"] if len(schemes) == 1 else modules,
-            **json.loads(scheme),
-            "input_activations": None,
-            "output_activations": None,
-        }
+        targets = ["Linear"] if len(schemes) == 1 else modules
+        groups[f"group_{i}"] = {"targets": targets, **json.loads(scheme), "output_activations": None}
     layouts = {group["format"] for group in groups.values()}
-    asymmetric = any(format.zero is not Zero.NONE for format in formats.values())
+    asymmetric = any(f.zero is not Zero.NONE and inputs.get(m) is None for m, f in formats.items())
     return {
         "quant_method": QUANT_METHOD,
         "format": layouts.pop() if len(layouts) == 1 else MIXED,
@@ -143,31 +163,28 @@ def quantization_config(formats: Mapping[str, Format], ignore: Collection[str]) 
     }
 
 
-def _scheme(format: Format) -> dict:
+def _scheme(format: Format, activation: Activation | None = None) -> dict:
     """Layout and ``QuantizationArgs`` of a Format; two Formats with the same scheme share a group."""
-    whole = isinstance(format.grid, Int)
-    weights = {
-        "num_bits": format.grid.bits,
-        "type": "int" if whole else "float",
-        "symmetric": format.zero is Zero.NONE,
-        "dynamic": False,
+    given = None if activation is None else args_of(activation.format, dynamic=not activation.static)
+    return {
+        "weights": args_of(format),
+        "input_activations": given,
+        "format": layout_of(format, activation),
     }
-    match format.block:
-        case Group(size):
-            weights |= {"strategy": "group", "group_size": size}
-        case Block2d(rows, cols):
-            weights |= {"strategy": "block", "block_structure": [rows, cols]}
-        case Channel():
-            weights |= {"strategy": "channel"}
-        case _:
-            weights |= {"strategy": "tensor"}
-    return {"weights": weights, "format": PACKED if whole else NAIVE}
 
 
 def formats_from_config(config: Mapping, modules: Mapping[str, torch.dtype]) -> dict[str, Format]:
-    """Format of each quantized module. modules: name -> dtype of its ``weight_scale`` in the file.
+    """Format of each quantized module, see ``schemes_from_config``."""
+    return {m: fmt for m, (fmt, _) in schemes_from_config(config, modules).items()}
 
-    Raises ``InputError`` for what is not read: quantized activations or caches, and other schemes.
+
+def schemes_from_config(
+    config: Mapping, modules: Mapping[str, torch.dtype], steps: Mapping[str, torch.dtype] | None = None
+) -> dict[str, tuple[Format, Activation | None]]:
+    """Format and Activation of each quantized module.
+
+    modules: name -> dtype of its ``weight_scale`` in the file; steps: name -> dtype of its ``input_scale``.
+    Raises ``InputError`` for what is not read.
     """
     for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
         if config.get(key):
@@ -176,22 +193,20 @@ def formats_from_config(config: Mapping, modules: Mapping[str, torch.dtype]) -> 
             )
     groups = list((config.get("config_groups") or {}).values())
     for group in groups:
-        if not isinstance(group, Mapping) or group.get("weights") is None:
+        if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
             raise InputError(
                 "a config group of this compressed-tensors checkpoint describes no weights; it is not read"
             )
-        if group.get("input_activations") or group.get("output_activations"):
-            raise InputError(
-                "this compressed-tensors checkpoint quantizes activations, which are not read; use one with "
-                "quantized weights only"
-            )
+        if group.get("output_activations"):
+            raise InputError("this compressed-tensors checkpoint quantizes outputs, which is not read")
     out = {}
     for module, dtype in modules.items():
         group = next((g for g in groups if any(_matches(module, t) for t in g.get("targets", ()))), None)
         group = group or next((g for g in groups if "Linear" in g.get("targets", ())), None)
         if group is None:
             raise InputError(f"{module} is quantized in this checkpoint but no config group names it")
-        out[module] = _format(group, dtype, config)
+        fmt = _format(group, dtype, config)
+        out[module] = fmt, _activation(group, module, fmt, (steps or {}).get(module))
     return out
 
 
@@ -200,27 +215,30 @@ def _matches(module: str, target: str) -> bool:
 
 
 def _format(group: Mapping, dtype: torch.dtype, config: Mapping) -> Format:
-    weights = group["weights"]
-    bits, kind, group_size = weights.get("num_bits", 8), weights.get("type", "int"), weights.get("group_size")
-    symmetric = weights.get("symmetric", True)
-    strategy = weights.get("strategy") or ("tensor" if group_size is None else "channel")
-    block: Block | None = {"channel": Channel(), "tensor": PerTensor()}.get(strategy)
-    if group_size and group_size > 0:
-        block = Group(group_size)
-    if strategy == "block":
-        block = Block2d(*weights["block_structure"])
-    grid: Int | Float | None = Int(bits) if kind == "int" else E4M3 if bits == 8 else None
-    layout = group.get("format") or config.get("format")
-    fits = layout == PACKED if kind == "int" else layout in (NAIVE, "float-quantized")
-    if grid is None or block is None or dtype not in _STEPS or not fits or weights.get("actorder") == "group":
+    weights, layout = group["weights"], group.get("format")
+    layout = layout or config.get("format")
+    found = None if weights.get("actorder") == "group" else format_of(weights, layout, dtype)
+    if found is None:
+        size = weights.get("group_size")
+        strategy = weights.get("strategy") or ("tensor" if size is None else "channel")
         raise InputError(
-            f"this compressed-tensors checkpoint holds {bits}-bit {kind} weights per {strategy} as {layout}, "
-            f"which is not read; read are {PACKED} integers and FP8 weights"
+            f"this compressed-tensors checkpoint holds {weights.get('num_bits', 8)}-bit "
+            f"{weights.get('type', 'int')} weights per {strategy} as {layout} (actorder "
+            f"{weights.get('actorder')}), which is not read; docs/checkpoints.md lists what is"
         )
-    return Format(
-        grid=grid,
-        block=block,
-        range=AbsMax() if symmetric else MinMax(),
-        zero=Zero.NONE if symmetric else Zero.INTEGER,
-        scale=Format(grid=by_name(_STEPS[dtype])),
-    )
+    return found
+
+
+def _activation(group: Mapping, module: str, format: Format, steps: torch.dtype | None) -> Activation | None:
+    args = group.get("input_activations")
+    if not args:
+        return None
+    found = activation_of(args, steps)
+    why = "their words are not known here" if found is None else refuse_input(format, found)
+    if why:
+        raise InputError(
+            f"this compressed-tensors checkpoint quantizes the input of {module} to "
+            f"{args.get('num_bits', 8)}-bit {args.get('type', 'int')} per {args.get('strategy')} (dynamic "
+            f"{args.get('dynamic', False)}), which is not read: {why}"
+        )
+    return found

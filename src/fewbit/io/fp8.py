@@ -34,7 +34,7 @@ from fewbit.format.qtensor import QTensor
 from fewbit.grid import by_name
 from fewbit.io.base import TensorInfo
 from fewbit.io.native import Entry, Shape
-from fewbit.io.parts import STEPS, as_dtype, info, plain_steps, take
+from fewbit.io.parts import STEPS, as_dtype, info, plain_steps, spread, take
 
 quant_method = "fp8"
 optional, input_names = (), {"input_scale": "activation_scale"}
@@ -73,7 +73,7 @@ def quantize(w: Tensor) -> QTensor:
     """``w`` [out, in] rounded to nearest in tiles of 128 x 128, those at the edges cut short."""
     whole = torch.nn.functional.pad(w, (0, -w.shape[1] % TILE[1], 0, -w.shape[0] % TILE[0]))
     q, fmt = Format(grid=E4M3, block=Block2d(*TILE), scale=FP32).quantize(whole), nearest(None, w.shape)
-    scale = _spread(q.scale, w.shape, _tile(fmt), TILE)
+    scale = spread(q.scale, w.shape, _tile(fmt), TILE)
     codes = q.codes[: w.shape[0], : w.shape[1]].contiguous()
     return QTensor(codes=codes, scale=scale, zero=None, format=fmt, shape=w.shape)
 
@@ -90,7 +90,7 @@ def to_dict(module: str, q: QTensor) -> dict[str, Tensor]:
     if tile is not None and tile != TILE:
         fine = scale
         scale = scale[:: TILE[0] // tile[0], :: TILE[1] // tile[1]].contiguous()
-        if not torch.equal(_spread(scale, q.shape, tile, TILE), fine):
+        if not torch.equal(spread(scale, q.shape, tile, TILE), fine):
             raise InputError(
                 f"{module} has a step for each {tile[0]} x {tile[1]} tile, and FP8 files one for 128 x 128"
             )
@@ -169,7 +169,7 @@ def from_dict(module: str, tensors: Mapping[str, Tensor], format: Format, shape:
         scale = scale.reshape(())
     elif tuple(scale.shape) != tuple(blocks):
         # Tiles at the edges are cut short: the config's are the smallest that give these many.
-        scale = _spread(scale, shape, _tile(format), TILE)
+        scale = spread(scale, shape, _tile(format), TILE)
     scale = take({name: scale}, name, blocks, plain_steps(format))
     return QTensor(
         codes=weight.view(torch.uint8), scale=scale, zero=None, format=format, shape=torch.Size(shape)
@@ -187,14 +187,6 @@ def _format(shape: Shape, size: Collection[int] | None, steps: torch.dtype) -> F
         return Format(grid=E4M3, block=PerTensor(), scale=own)
     sides = (math.gcd(n, t) for n, t in zip(shape, size, strict=True))
     return Format(grid=E4M3, block=Block2d(*sides), scale=own)
-
-
-def _spread(scale: Tensor, shape: Shape, small: tuple[int, int], large: tuple[int, int]) -> Tensor:
-    """Steps of large tiles repeated for the small ones in them, cut at the edges."""
-    for axis in (0, 1):
-        scale = scale.repeat_interleave(large[axis] // small[axis], axis)
-        scale = scale.narrow(axis, 0, shape[axis] // small[axis])
-    return scale.contiguous()
 
 
 def _dynamic(format: Format, columns: int | None = None) -> Activation:

@@ -94,3 +94,11 @@ def as_dtype(scale: Tensor, dtype: torch.dtype, what: str) -> Tensor:
             f"{say(dtype)} scales"
         )
     return out
+
+
+def spread(scale: Tensor, shape: tuple[int, ...], small: tuple[int, int], large: tuple[int, int]) -> Tensor:
+    """Steps of large tiles repeated for the small ones in them, cut at the edges of a matrix of ``shape``."""
+    for axis in (0, 1):
+        scale = scale.repeat_interleave(large[axis] // small[axis], axis)
+        scale = scale.narrow(axis, 0, shape[axis] // small[axis])
+    return scale.contiguous()

@@ -32,7 +32,7 @@ from fewbit.stream.gather import block_runs, gather, inputs_of, outside_flow
 from fewbit.stream.let import tune_layers
 from fewbit.stream.mixture import fold_experts, solve_experts
 from fewbit.stream.place import apart_of, as_parameter, in_flow, read_quantized
-from fewbit.stream.planned import Plan, PlannedLayer, codec, is_tuned, together
+from fewbit.stream.planned import Plan, PlannedLayer, is_tuned, to_dict, together
 from fewbit.stream.progress import LayerRow, Progress
 from fewbit.stream.suspend import Flow, Stop, advance, wait
 
@@ -103,7 +103,7 @@ class Solving:
         """What a checkpoint stores of the quantized layers."""
         tensors = {}
         for m, layer in self.layers.items():
-            tensors |= codec(self.plan).to_dict(layer.name, self.out[m])
+            tensors |= to_dict(self.plan, layer, self.out[m])
             tensors |= inputs.to_dict(layer.name, self.params.get(m))
         return tensors
 
