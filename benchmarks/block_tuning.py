@@ -19,11 +19,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
-from methods import one
 
 import fewbit
+from fewbit.compare.worker import cpu_seconds, device_name, peak_bytes
 from fewbit.evaluate import Protocol, windows
 from fewbit.io.source import open_source
 from fewbit.io.text import read_text
@@ -104,6 +105,23 @@ def main():
             args.results.write_text(json.dumps(done, indent=1))
     shutil.rmtree(folder)
     args.results.with_suffix(".md").write_text(markdown(done), encoding="utf-8")
+
+
+def one(folder, key, recipe, device, calibration, tokens, protocol, stop: float) -> dict | None:
+    """Quantize, in a process that did nothing before, and evaluate what was saved; None after ``stop``."""
+    if time.time() > stop:
+        return None
+    plain, out = folder / "plain", folder / quote(key, "")
+    start = time.perf_counter()
+    result = fewbit.quantize(plain, recipe, output=out, calibration=calibration, device=device)
+    row = {
+        "bits": result.plan.bits_per_weight, "wall_seconds": time.perf_counter() - start,
+        "cpu_seconds": cpu_seconds(), "device": device_name(device), "peak_bytes": peak_bytes(device),
+    }  # fmt: skip
+    loaded, original = (fewbit.load(path, device=device, dtype=torch.float32) for path in (out, plain))
+    got = fewbit.evaluate(loaded, tokens, protocol, against=original)
+    shutil.rmtree(out)
+    return row | {"kl": got.kl, "kl_error": got.kl_error, "top1": got.top1, "perplexity": got.perplexity}
 
 
 def markdown(done: dict) -> str:
