@@ -53,6 +53,8 @@ def make_plan(
     layers, left = assign(model, blocks, recipe, mapping)
     refusals = (compressed_tensors.refusal(w, x.kind, a) for x in layers for w, a in x.rule.choices)
     reason = next((r for r in refusals if r), "")
+    if any(layer.activation is not None for layer in layers):
+        reason = reason or "engines find steps of inputs in their own ways; `fewbit export` writes it there"
     if recipe.rotation is not None and recipe.rotation.online:
         reason = reason or "Hadamard maps that run at every call are not written there yet"
     if recipe.of_encoder:
