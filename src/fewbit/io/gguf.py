@@ -12,6 +12,7 @@ which are in memory together.
 import math
 import re
 from collections.abc import Iterable
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 from fewbit.errors import InputError
 from fewbit.format.format import Format
 from fewbit.format.qtensor import QTensor, value_of
-from fewbit.io.base import Source, TensorInfo, check_finite, content_hash
+from fewbit.io.base import Source, TensorInfo, check_finite, content_hash, first_line
 from fewbit.io.gguf_codes import FORMAT_OF, decode
 from fewbit.io.gguf_config import read_config
 from fewbit.io.gguf_file import Stored, read_container
@@ -67,7 +68,7 @@ class GgufSource(Source):
         self.name = name
         self.path = path
         self.container = read_container(path)
-        self.architecture = self.container.metadata.get("general.architecture", "none")
+        self.architecture = str(self.container.metadata.get("general.architecture", "none"))
         if self.architecture not in ARCHITECTURES:
             raise InputError(
                 f"{name} is a GGUF of architecture {self.architecture!r}; supported are "
@@ -96,18 +97,30 @@ class GgufSource(Source):
     @cached_property
     def _config(self):
         factors = self.container.tensors.get(ROPE_FACTORS)
-        return read_config(
-            self.container.metadata,
-            {name: stored.shape for name, stored in self._stored.items()},
-            None if factors is None else self._decode(factors),
-            self.name,
-        )
+        shapes = {name: stored.shape for name, stored in self._stored.items()}
+        with self._believed("configuration"):
+            table = None if factors is None else self._decode(factors)
+            return read_config(self.container.metadata, shapes, table, self.name)
+
+    @contextmanager
+    def _believed(self, part: str):
+        """What other libraries say of metadata that they cannot work with, in words of ours."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{self.name} has metadata from which no {part} can be built ({first_line(error)}); the file "
+                "is damaged, get it again."
+            ) from error
 
     def tokenizer(self):
         """See :class:`Source`. Built from the file's own tokens and merges."""
         from fewbit.io.gguf_tokenizer import build_tokenizer
 
-        return build_tokenizer(self.container.metadata, self.name)
+        with self._believed("tokenizer"):
+            return build_tokenizer(self.container.metadata, self.name)
 
     def tensors(self) -> dict[str, TensorInfo]:
         """See :class:`Source`. Sizes are those of the float32 tensors that ``read`` returns."""
@@ -165,7 +178,13 @@ class GgufSource(Source):
         if self.architecture != "llama" or not (".q_proj." in name or ".k_proj." in name):
             return w
         config = self.config()
-        return unpermute(w, config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads)
+        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+        if heads < 1 or w.shape[0] % (2 * heads):
+            raise InputError(
+                f"{self.name} says that {name} has {heads} heads, which do not divide its {w.shape[0]} rows; "
+                "the file is damaged, get it again."
+            )
+        return unpermute(w, heads)
 
     def _bytes(self, stored: Stored) -> np.ndarray:
         return np.fromfile(self.path, dtype=np.uint8, count=stored.nbytes, offset=stored.offset)

@@ -17,7 +17,8 @@ def read_config(metadata: Mapping, shapes: Mapping[str, tuple], factors: np.ndar
     """The transformers configuration. ``shapes``: of the tensors by Hugging Face name; ``factors`` [d / 2]:
     what rotary frequencies are divided by, where the file has such a table; ``name``: the model's.
 
-    Raises ``InputError`` for missing metadata and for rope scalings that are not supported.
+    Raises ``InputError`` for missing metadata, for metadata that the tensors contradict (a model of them
+    could be of any size), and for rope scalings that are not supported.
     """
     import transformers
 
@@ -58,7 +59,28 @@ class _Reader:
         if self.architecture == "llama":
             fields["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self.shapes
             fields["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in self.shapes
+        self._check(fields)
         return getattr(transformers, f"{kind}Config")(**fields)
+
+    def _check(self, fields: dict) -> None:
+        """Sizes against the tensors."""
+        layers = {name.split(".")[2] for name in self.shapes if name.startswith("model.layers.")}
+        heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
+        wide = fields.get("head_dim", hidden // heads)
+        for what, said, found in (
+            ("blocks", fields["num_hidden_layers"], len(layers)),
+            ("columns", hidden, self.shapes[EMBEDDING][-1]),
+            (
+                "query rows",
+                heads * wide,
+                self.shapes.get("model.layers.0.self_attn.q_proj.weight", (None,))[0],
+            ),
+        ):
+            if found is not None and said != found:
+                raise InputError(
+                    f"{self.name} says it has {said} {what} and holds tensors for {found}; the file is "
+                    "damaged, get it again."
+                )
 
     def _rows(self) -> int:
         if EMBEDDING not in self.shapes:
