@@ -110,8 +110,8 @@ def compare(
         typer.Option(
             "--markdown",
             metavar="FILE",
-            help="Write the tables into this page too, between <!-- fewbit compare: FOLDER --> and "
-            "<!-- end -->, FOLDER being the name of the one of -o.",
+            help="Write the tables into this page too, between the comments 'fewbit compare: NAME' and "
+            "'end'; NAME is that of the folder of -o.",
         ),
     ] = None,
     device: Device = None,
