@@ -1,0 +1,150 @@
+"""Which layout holds which weight: the plan of an export, its refusals, what readers of it do otherwise.
+
+A layout is a codec of ``fewbit.io.checkpoint``. A layer is held as it is, or refused with the reason, or,
+where that is allowed, rounded to the nearest format of the layout. GPTQ, AWQ and bitsandbytes files have one
+format for all modules; their codecs refuse several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from fewbit.errors import InputError
+from fewbit.format.format import Format
+from fewbit.io import awq, bitsandbytes, compressed_tensors, fp8, gptq, native
+from fewbit.io.native import Entry
+from fewbit.io.source import Source
+
+LAYOUTS = {
+    "native": native,
+    "compressed-tensors": compressed_tensors,
+    "gptq": gptq.V1,
+    "gptq_v2": gptq.V2,
+    "awq": awq,
+    "bitsandbytes": bitsandbytes,
+    "fp8": fp8,
+}
+GGUF = "gguf"
+TARGETS = (*LAYOUTS, GGUF)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A quantized module on its way. entry: as the source has it; to: as the target will; why: for what
+    reason it is rounded again, or ""; error: |W' - W|^2 / |W|^2 of that; change: |W' - W| / |W| by its steps'
+    dtype.
+    """
+
+    name: str
+    entry: Entry
+    to: Entry
+    why: str = ""
+    error: float = 0.0
+    change: float = 0.0
+
+
+def plan_layers(source: Source, codec, kinds: Mapping[str, str], requantize: bool) -> dict[str, Layer]:
+    """Every quantized linear with the Entry it will have. kinds: class of each linear, by stored name.
+
+    A table (an embedding) is kept in float by other layouts, since they hold linears only.
+    """
+    layers, refused = {}, None
+    for name, entry in source.entries.items():
+        if codec is native:
+            layers[name] = Layer(name=name, entry=entry, to=entry)
+            continue
+        if name not in kinds:
+            continue
+        why = _refusal(codec, entry)
+        fixed = bool(entry.transposed or entry.online or entry.output)
+        if why and (fixed or not requantize):
+            refused = refused or (name, why, fixed)
+            continue
+        to = replace(entry, format=codec.stored_format(entry.format)) if not why else _nearest(codec, entry)
+        layers[name] = Layer(name=name, entry=entry, to=to, why=why or "")
+    if getattr(source, "sites", ()) and codec is not native:
+        refused = refused or ("the model", "quantizers of sums and outputs have no place there", True)
+    if refused:
+        name, why, fixed = refused
+        allow = "" if fixed else ", or allow a second rounding with --requantize"
+        raise InputError(f"{name} cannot be exported as it is: {why}; choose another layout{allow}")
+    return _alike(codec, layers) if requantize and codec is not native else layers
+
+
+def _refusal(codec, entry: Entry) -> str | None:
+    if entry.transposed:
+        return "its weight is stored [in, out] (Conv1D), which the layout does not describe"
+    if entry.online is not None or entry.output is not None:
+        return "it takes a map of its input or output at every call"
+    if entry.apart is not None:
+        return "columns of it are kept in float"
+    if entry.ordered and not isinstance(codec, gptq.Gptq):
+        return "its columns are grouped in another order (act-order)"
+    return codec.holds(entry.format, entry.shape, entry.activation)
+
+
+def _nearest(codec, entry: Entry) -> Entry:
+    """The entry of a weight that will be rounded again; its input stays as it was if the layout has that."""
+    fmt = codec.nearest(entry.format, entry.shape)
+    keep = entry.activation is None or codec.holds(fmt, entry.shape, entry.activation) is None
+    why = codec.holds(fmt, entry.shape)
+    if why:
+        raise InputError(f"a weight of shape {list(entry.shape)} fits no format of this layout: {why}")
+    return Entry(format=fmt, shape=entry.shape, activation=entry.activation if keep else None)
+
+
+def _alike(codec, layers: dict[str, Layer]) -> dict[str, Layer]:
+    """Where a layout has one format for all modules: the rest is rounded to that of most weights."""
+    if codec is compressed_tensors or codec is fp8:
+        return layers
+    count: dict[Format, int] = {}
+    for layer in layers.values():
+        count[layer.to.format] = count.get(layer.to.format, 0) + layer.to.shape[0] * layer.to.shape[1]
+    most = max(count, key=count.get)
+    out = {}
+    for name, layer in layers.items():
+        if layer.to.format != most:
+            most.check(layer.to.shape, name)
+            to = Entry(format=most, shape=layer.to.shape, activation=layer.to.activation)
+            layer = replace(layer, to=to, why=layer.why or "one format serves all modules there")
+        out[name] = layer
+    return out
+
+
+def configuration(target: str, layers: Mapping[str, Layer], left: Iterable[str], source: Source) -> dict:
+    """The ``quantization_config`` of config.json."""
+    entries, left = {name: layer.to for name, layer in layers.items()}, list(left)
+    if not entries:
+        raise InputError(f"{source.name} holds no quantized linear layer; there is nothing to export")
+    if target == "native":
+        return native.quantization_config(entries, getattr(source, "sites", ()))
+    if target == "compressed-tensors":
+        formats = {name: e.format for name, e in entries.items()}
+        return compressed_tensors.quantization_config(
+            formats, left, {name: e.activation for name, e in entries.items()}
+        )
+    return LAYOUTS[target].quantization_config(entries, left)
+
+
+def caveats(target: str, layers: Mapping[str, Layer], source: Source) -> list[str]:
+    """What readers of the file do that the source did not."""
+    kept = {name: layer.to.activation for name, layer in layers.items()}
+    lost = [n for n, x in layers.items() if x.entry.activation is not None and kept[n] is None]
+    out = [f"{len(lost)} layers no longer round their inputs"] if lost else []
+    new = any(a is None for a in kept.values())
+    if target == "compressed-tensors":
+        given = {n: a for n, a in kept.items() if a is not None}
+        out += compressed_tensors.caveats({n: x.to.format for n, x in layers.items()}, source.dtype, given)
+    elif target == "fp8" and new:
+        out.append("engines round the inputs of FP8 files to e4m3 per group of 128; the source did not")
+    elif target == "bitsandbytes" and new and any(x.to.format.grid.name == "int8" for x in layers.values()):
+        out.append("bitsandbytes rounds the inputs of int8 weights to int8; the source did not")
+    elif target == "gptq" and any(x.to.format.zero == "integer" for x in layers.values()):
+        out.append(
+            "vLLM reads GPTQ files of symmetric weights only; compressed-tensors holds asymmetric ones"
+        )
+    ragged = (n for n, x in layers.items() if any(side % 128 for side in x.to.shape))
+    if target == "fp8" and (name := next(ragged, None)):
+        out.append(f"tiles of 128 x 128 do not divide {name}, and transformers decodes such only on a GPU")
+    return out
