@@ -23,9 +23,11 @@ from fewbit.errors import InputError
 from fewbit.format.format import Params
 from fewbit.io import inputs, native
 from fewbit.io.native import QUANT_METHOD, Entry
+from fewbit.io.renaming import expert_names, merges_experts, module_names
 from fewbit.io.shell import linear_of, stored_of
 from fewbit.io.sites import SiteEntry
 from fewbit.nn.embedding import QEmbedding
+from fewbit.nn.experts import split_experts
 from fewbit.nn.linear import QLinear
 from fewbit.nn.sites import Quantizer, place
 
@@ -46,6 +48,7 @@ class FewbitQuantizer(HfQuantizer):
     requires_calibration = True  # quantizing is ``fewbit.quantize``'s; this one only loads
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        split_experts(model, expert_names(model))
         config, find = self.quantization_config.to_dict(), _finder(model)
         self.entries = {find(name): entry for name, entry in native.entries_from_config(config).items()}
         sites = native.sites_from_config(config)
@@ -62,6 +65,10 @@ class FewbitQuantizer(HfQuantizer):
             if {target.removesuffix(".weight"), source.removesuffix(".weight")} & set(self.entries):
                 del tied[target]  # a quantized weight is nobody else's
         return model
+
+    def update_weight_conversions(self, weight_conversions: list, *args: Any) -> list:
+        """Experts are loaded one by one: what would stack them has nothing to do."""
+        return [rule for rule in weight_conversions if not merges_experts(rule)]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         quantizers = {s.site: _read(s, model.get_submodule(s.name)) for s in self.sites}
@@ -145,12 +152,14 @@ def attach(model: nn.Module, entries: Mapping[str, Entry], sites: Sequence[SiteE
 
 def _finder(model: nn.Module) -> Callable[[str], str]:
     """A module's name in the file -> in the model: the file may lack the base model's prefix, or alone have
-    it.
+    it, or use a name that transformers has given up.
     """
     prefix, modules = f"{model.base_model_prefix}.", dict(model.named_modules())
+    rename = module_names(model)
 
     def find(name: str) -> str:
         found = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in modules), None)
+        found = found or (new if (new := rename(name)) in modules else None)
         if found is None:
             raise InputError(
                 f"the checkpoint quantizes {name}, which {type(model).__name__} does not have; load it as "

@@ -17,8 +17,6 @@ held is not in the checkpoint.
 """
 
 import copy
-import functools
-import re
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 
@@ -26,8 +24,9 @@ import torch
 from torch import nn
 
 from fewbit.errors import InputError
-from fewbit.io.base import Cut, Source
-from fewbit.nn.experts import Experts, Names, in_experts, split_experts
+from fewbit.io.base import Source
+from fewbit.io.renaming import cut_experts, expert_names, renamed
+from fewbit.nn.experts import split_experts
 
 
 def build_skeleton(source: Source) -> nn.Module:
@@ -62,30 +61,6 @@ def build_skeleton(source: Source) -> nn.Module:
     return model.eval()
 
 
-def expert_names(model: nn.Module) -> Names:
-    """What checkpoints of ``model`` call the matrices of an expert: what transformers merges on loading."""
-    found = {}
-    for rule in _conversions(model):
-        leaves = [_EXPERT.fullmatch(pattern.replace("\\", "")) for pattern in rule.source_patterns]
-        target = rule.target_patterns[0].rpartition(".")[2]
-        if leaves and all(leaves) and target in _KINDS and len(leaves) == len(_KINDS[target]):
-            found |= zip(_KINDS[target], (leaf[1] for leaf in leaves), strict=True)
-    return Names(**found)
-
-
-# patterns of transformers, such as mlp.experts.*.w1.weight, and what of an expert a fused parameter holds
-_EXPERT = re.compile(r".*experts\.?\*\.(\w+)\.weight\$?")
-_KINDS = {"gate_up_proj": ("gate", "up"), "up_proj": ("up",), "down_proj": ("down",)}
-
-
-def _conversions(model: nn.Module) -> list:
-    """The rules by which transformers makes several stored tensors of ``model`` one parameter."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
-
-
 @contextmanager
 def _weightless():
     """Parameters registered inside become meta; random state and default dtype are restored afterwards."""
@@ -117,12 +92,12 @@ def parameter_map(source: Source, model: nn.Module) -> tuple[dict[str, str], tup
     differs, tied parameters stored with different values, and models whose tensors transformers rebuilds on
     loading.
     """
-    _cut_experts(source, model)
+    cut_experts(source, model)
     infos = source.tensors()
     slots = model.state_dict(keep_vars=True)
     mapping: dict[str, str] = {}
     unused = []
-    for stored, name in _renamed(source, model, infos, slots):
+    for stored, name in renamed(source, model, infos, slots):
         if name in slots and name not in mapping:
             mapping[name] = stored
         else:
@@ -148,61 +123,6 @@ def parameter_map(source: Source, model: nn.Module) -> tuple[dict[str, str], tup
             )
     ordered = {name: mapping[name] for name in slots if name in mapping}
     return ordered, tuple(unused)
-
-
-def _renamed(source: Source, model: nn.Module, infos: Mapping, slots: Mapping) -> list[tuple[str, str]]:
-    """(stored name, the name transformers gives it) for every stored tensor."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
-
-    rules = get_model_conversion_mapping(model)
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter) and not _merges_experts(rule)]
-    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-    prefix, fused = model.base_model_prefix, _fused(model)
-    found = []
-    for stored in sorted(infos, key=dot_natural_key):
-        name, rebuilt = rename_source_key(stored, renamings, converters, prefix, slots | fused)
-        if name not in slots and stored in slots:
-            name, rebuilt = rename_source_key(stored, [], [], prefix, slots)
-        if (name in slots or name in fused) and rebuilt is not None:
-            raise InputError(
-                f"{source.name} stores {stored} in a form that has to be rebuilt on loading ({rebuilt}), "
-                "which is not supported; use a model whose tensors are stored as they are."
-            )
-        found.append((stored, name))
-    return found
-
-
-def _merges_experts(rule) -> bool:
-    """Whether a conversion does no more than stack what is stored for each expert: nothing to do here."""
-    kind = rule.target_patterns[0].rpartition(".")[2] in _KINDS
-    return kind and all(_EXPERT.fullmatch(pattern.replace("\\", "")) for pattern in rule.source_patterns)
-
-
-def _fused(model: nn.Module) -> dict[str, tuple[Experts, str]]:
-    """What experts would be as 3-D parameters: name in ``model`` -> (the experts, name of the parameter)."""
-    return {f"{n}.{p}": (experts, p) for n, experts in in_experts(model).items() for p in experts.shapes}
-
-
-def _cut_experts(source: Source, model: nn.Module) -> None:
-    """Make ``source`` present experts that it stores as 3-D tensors as one matrix each, read one by one."""
-    fused, infos = _fused(model), source.tensors()
-    cuts: dict[str, Cut] = {}
-    for stored, name in _renamed(source, model, infos, model.state_dict(keep_vars=True)) if fused else ():
-        if name not in fused:
-            continue
-        experts, parameter = fused[name]
-        if infos[stored].shape != experts.shapes[parameter]:
-            raise InputError(
-                f"{source.name} stores {stored} with shape {list(infos[stored].shape)}, but its config asks "
-                f"for {list(experts.shapes[parameter])}; config.json and weights do not belong together."
-            )
-        bias = parameter.endswith("_bias")
-        for part, (e, cut) in experts.parts(parameter).items():
-            take = functools.partial(experts.cut, cut=cut, bias=bias)
-            cuts[f"{stored.rpartition('.')[0]}.{part}"] = Cut(stored=stored, index=e, take=take)
-    if cuts:
-        source.present(cuts)
 
 
 def _tied(model: nn.Module) -> list[list[str]]:

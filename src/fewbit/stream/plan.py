@@ -94,6 +94,7 @@ def make_plan(
         calibration=used,
         layers=tuple(layers),
         left=tuple(left),
+        left_modules=_names_in_model(left, mapping),
         unused=tuple(unused),
         checkpoint="native" if reason else "compressed-tensors",
         checkpoint_reason=reason,
@@ -221,6 +222,13 @@ def _check_experts(blocks: Blocks) -> None:
                     "down matrices, or another transformers is needed to tell; models with such experts are "
                     "not quantized"
                 )
+
+
+def _names_in_model(stored: list[str], mapping: dict[str, str]) -> tuple[str, ...]:
+    """Names in the model, where they differ, of modules that are given by their names in the checkpoint."""
+    pairs = ((n.removesuffix(".weight"), s.removesuffix(".weight")) for n, s in mapping.items())
+    kept = set(stored)
+    return tuple(n for n, s in pairs if s in kept and n not in kept)
 
 
 def _shares(model: nn.Module) -> dict[str, float]:

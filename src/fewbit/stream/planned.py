@@ -115,6 +115,7 @@ class Plan:
     calibration: Calibration | None
     layers: tuple[PlannedLayer, ...]
     left: tuple[str, ...]  # linear layers that stay as they are (checkpoint names)
+    left_modules: tuple[str, ...]  # their names in the model where those differ
     unused: tuple[str, ...]  # stored tensors that no parameter of the model uses
     checkpoint: str  # "compressed-tensors" or "native"
     checkpoint_reason: str  # why not compressed-tensors, or ""

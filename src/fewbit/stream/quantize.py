@@ -250,8 +250,10 @@ def quantization_config(plan: Plan) -> dict:
     if plan.checkpoint == "native":
         entries = {x.name: x.entry for x in plan.layers}
         return native.quantization_config(entries, [site.entry for site in plan.sites])
-    formats, inputs = ({x.name: getattr(x, k) for x in plan.layers} for k in ("format", "activation"))
-    return compressed_tensors.quantization_config(formats, plan.left, inputs)
+    # under both its names: transformers looks for those of its model, engines for those of the file
+    named = {name: x for x in plan.layers for name in (x.name, x.module)}
+    formats, inputs = ({n: getattr(x, k) for n, x in named.items()} for k in ("format", "activation"))
+    return compressed_tensors.quantization_config(formats, [*plan.left, *plan.left_modules], inputs)
 
 
 def _write_manifest(plan: Plan, job: Job, rows: list[LayerRow], difference: float | None) -> None:
