@@ -116,6 +116,15 @@ def _edit(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def same_qtensor(a, b) -> bool:
+    """Codes, steps and offsets equal to any depth."""
+    if not isinstance(a, torch.Tensor) and a is not None:
+        return a.shape == b.shape and all(
+            same_qtensor(getattr(a, p), getattr(b, p)) for p in ("codes", "scale", "zero")
+        )
+    return (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b))
+
+
 def copy_with_config(folder: Path, to: Path, **changes) -> Path:
     """A copy of a checkpoint folder with some keys of its config.json replaced."""
     shutil.copytree(folder, to)

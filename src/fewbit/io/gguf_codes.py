@@ -54,6 +54,8 @@ def holds(format: Format) -> str | None:
         return f"blocks of a GGUF hold 32 neighbours in a row, which {format.block} cuts or joins otherwise"
     if format.zero in (Zero.FLOAT, Zero.MEAN):
         return f"blocks of a GGUF have integer codes and offsets, no {format.zero} zeros"
+    if format.zero is Zero.OFFSET and format.grid.bits > max(OFFSET.values()):
+        return f"blocks of a GGUF with an offset have codes of 4 or 5 bits, not {format.grid.bits}"
     if format.zero is Zero.NONE and format.grid.max > 127:
         return f"{format.grid.name} reaches {format.grid.max:g} and the widest field of a GGUF 127"
     return None
@@ -127,6 +129,8 @@ def settled(format: Format) -> str | None:
     kind = _same_structure(format)
     if kind is not None:
         return kind.name
+    if format.zero is Zero.OFFSET and not format.grid.signed and format.scale.grid.name == "fp16":
+        return next(name for name, bits in OFFSET.items() if format.grid.bits <= bits)
     if format.zero is not Zero.NONE:
         return None
     low, high = format.grid.min, format.grid.max
