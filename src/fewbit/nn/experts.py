@@ -54,10 +54,9 @@ class Expert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [n, h] -> [n, h]."""
         (fused,), names = self._fused, self.names
-        y = getattr(self, names.up)(x)
         if not fused.has_gate:
-            return getattr(self, names.down)(fused.act_fn(y))
-        both = (getattr(self, names.gate)(x), y)
+            return getattr(self, names.down)(fused.act_fn(getattr(self, names.up)(x)))
+        both = getattr(self, names.gate)(x), getattr(self, names.up)(x)
         both = torch.cat(both, -1) if fused.is_concatenated else torch.stack(both, -1).flatten(-2)
         return getattr(self, names.down)(fused._apply_gate(both))
 
