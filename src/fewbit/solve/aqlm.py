@@ -19,11 +19,9 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-import torch
-
 from fewbit.errors import InputError
 from fewbit.format import Need
-from fewbit.solve.ldlq import Ldlq, ldlq
+from fewbit.solve.ldlq import Ldlq, damped, ldlq
 from fewbit.solve.refine import refine
 from fewbit.solve.solver import Solver, SolverWarning
 from fewbit.solve.tables import error, update
@@ -65,7 +63,7 @@ class Aqlm(Solver):
             said = f"the tables alone take {share:.2f} bits per weight of this layer; give fewer entry bits"
             warnings.warn(SolverWarning(said), stacklevel=3)
         (q,) = ldlq([w], h, fmt, Ldlq(act_order=False, damp=self.damp))
-        h = h + self.damp * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
+        h = damped(h, self.damp)
         last = error(w, h, q)
         for _ in range(self.epochs):
             q = refine(w, h, update(w, h, q, self.updates), 1)

@@ -27,7 +27,7 @@ from torch import Tensor
 from fewbit.errors import InputError
 from fewbit.format import Channel, Format, Need, QTensor, Tiles
 from fewbit.grid.learned import choose, decode
-from fewbit.solve.ldlq import factor, feed_back
+from fewbit.solve.ldlq import damped, factor, feed_back
 from fewbit.solve.refine import refine
 from fewbit.solve.solver import Solver
 from fewbit.solve.tables import update
@@ -79,7 +79,7 @@ class Gptvq(Solver):
         table = fmt.codebook.keep(torch.stack(rounding.tables, 1).flatten(0, 1))
         codes = codes.t().contiguous().to(fmt.grid.code_dtype)
         q = QTensor(codes=codes, scale=scale, zero=None, format=fmt, shape=w.shape, table=table)
-        h = h + self.damp * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
+        h = damped(h, self.damp)
         for i in range(self.passes + 1):
             q = refine(w, h, q, 1) if i else q
             q = update(w, h, q, self.updates) if self.updates else q

@@ -118,8 +118,8 @@ def ldlq(ws: Sequence[Tensor], h: Tensor, fmt: Format, how: Ldlq) -> list[QTenso
     ]
     if not how.passes:
         return solved
-    damped = h + how.damp * h.diagonal().mean() * torch.eye(n, dtype=h.dtype, device=h.device)
-    return [refine(w, damped, q, how.passes) for w, q in zip(ws, solved, strict=True)]
+    h = damped(h, how.damp)
+    return [refine(w, h, q, how.passes) for w, q in zip(ws, solved, strict=True)]
 
 
 class Rounding(Protocol):
@@ -206,6 +206,11 @@ class _Refitted:
             self.s, self.z = steps_of(self.fmt, self.fits[-1], shape, torch.arange(span, device=rest.device))
         mine = slice(i % span, i % span + width)
         return round_columns(self.fmt, rest[:width], self.s[mine], None if self.z is None else self.z[mine])
+
+
+def damped(h: Tensor, damp: float) -> Tensor:
+    """H + damp mean(diag H) I: what codes and tables are chosen under after the first pass."""
+    return h + damp * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
 
 
 def unit_factor(h: Tensor, damp: float, width: int = 1) -> Tensor:
