@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,6 +37,7 @@ from fewbit.grid.trellis import Trellis
 
 FEW = 4  # tokens: for more, torch's product of matrices pays for storing what is decoded
 _PART = 2**17  # weights that are worth a thread
+_NO_EIGHTS = np.empty(0, np.uint64)
 
 
 def supports(fmt: Format) -> bool:
@@ -50,7 +52,7 @@ def supports(fmt: Format) -> bool:
 def _listed(grid: Grid) -> bool:
     """True where a table of all points is small enough to be read faster than points are worked out."""
     if isinstance(grid, Residual):
-        return _listed(grid.first) and _listed(grid.second)
+        return all(not isinstance(part, Residual) and _listed(part) for part in (grid.first, grid.second))
     return isinstance(grid, Points | E8P | Table) or (isinstance(grid, Float) and grid.bits <= 8)
 
 
@@ -73,8 +75,8 @@ def decoder(q: QTensor) -> Callable[[int, int, Tensor, Tensor, Tensor], None] | 
         tall, wide = _tile(q)
         points = q.format.codebook.points(q.table, grid).flatten(1, 2).contiguous().numpy()
         bits = grid.entry_bits
-        books = [(m * bits, 2**bits - 1, m << bits) for m in range(grid.books)]
-        loop, own = rows.sums, (points, _books(*books), tall, wide // grid.width)
+        books = [(m * bits, 2**bits - 1, m << bits, 0.0) for m in range(grid.books)]
+        loop, own = rows.sums, (points, _NO_EIGHTS, *_books(*books), tall, wide // grid.width)
     elif isinstance(grid, Int):
         loop, own = rows.numbers, ()
     else:
@@ -150,19 +152,29 @@ def _tile(q: QTensor) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=64)
 def _points(grid: Grid):
-    """All points [1, entries, width] float32 of a grid, and where codes find them (``rows.sums``)."""
-    if not isinstance(grid, Residual):
-        return _listing(grid)[None].numpy(), _books((0, 2**grid.bits - 1, 0))
-    first, second = grid.first, grid.second
-    points = torch.cat([_listing(first), _listing(second) / grid.gain])[None]
-    return points.numpy(), _books((0, 2**first.bits - 1, 0), (first.bits, 2**second.bits - 1, 2**first.bits))
+    """Points [1, entries, width] and eights of a grid, and where codes find them: see ``rows.sums``."""
+    both = isinstance(grid, Residual)
+    parts, books, bits, start = [torch.empty(0, grid.width)], [], 0, 0
+    for part, gain in ((grid.first, 1.0), (grid.second, grid.gain)) if both else ((grid, 1.0),):
+        eights = isinstance(part, E8P)
+        books.append((bits, 2**part.bits - 1, start, gain if eights else 0.0))
+        if not eights:
+            points = part.value(part.codes()).view(-1, part.width) / gain
+            beyond = 2**part.bits - len(points)  # NaN where there is no code
+            parts.append(F.pad(points, (0, 0, 0, beyond), value=math.nan))
+            start += len(parts[-1])
+        bits += part.bits
+    has = any(gain for *_, gain in books)
+    return torch.cat(parts)[None].numpy(), _eights() if has else _NO_EIGHTS, *_books(*books)
 
 
-def _listing(grid: Grid) -> Tensor:
-    """[2^bits, width] float32; NaN where there is no code."""
-    points = grid.value(grid.codes()).view(-1, grid.width)
-    return F.pad(points, (0, 0, 0, 2**grid.bits - len(points)), value=math.nan)
+@functools.lru_cache(maxsize=1)
+def _eights():
+    quarters = E8P().value(E8P().codes()) * 4
+    return quarters.to(torch.int8).numpy().view(np.uint64)[:, 0]
 
 
-def _books(*rows: tuple[int, int, int]):
-    return torch.tensor(rows, dtype=torch.int64).numpy()
+def _books(*rows: tuple[int, int, int, float]):
+    """The arrays ``books`` and ``gains`` of ``rows.sums``."""
+    *books, gains = zip(*rows, strict=True)
+    return np.array(books, np.int64).T.copy(), np.array(gains, np.float32)
