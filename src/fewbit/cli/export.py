@@ -41,7 +41,10 @@ def export(
             metavar="IN", help="A quantized checkpoint: one of fewbit's, or of any layout that it reads."
         ),
     ],
-    to: Annotated[Target, typer.Option("--to", help="The layout to write.")],
+    to: Annotated[
+        Target,
+        typer.Option("--to", metavar="LAYOUT", help=f"One of {', '.join(Target)}.", show_choices=False),
+    ],
     output: Annotated[
         Path,
         typer.Option(

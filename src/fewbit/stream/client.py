@@ -31,7 +31,8 @@ if own == "native": import fewbit
 import transformers
 config = transformers.AutoConfig.from_pretrained(folder)
 cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
-model = cls.from_pretrained(folder, dtype=torch.float32).eval()
+fp8 = getattr(config, "quantization_config", {}).get("quant_method") == "fp8"  # decoded to the model's dtype
+model = cls.from_pretrained(folder, dtype="auto" if fp8 else torch.float32).eval()
 with torch.no_grad():
     torch.save(model(torch.load(given))[0].float(), out)
 assert own == "native" or "fewbit" not in sys.modules
@@ -72,8 +73,8 @@ def look(folder: Path, layout: str) -> Seen:
             why = _reason(done.stderr)
             if not why.startswith(("ImportError", "ModuleNotFoundError")):
                 raise InputError(
-                    f"transformers cannot load the exported checkpoint ({why}); nothing was published, please "
-                    "report this, or export with --no-verify"
+                    f"transformers cannot load the exported checkpoint ({why}); nothing was published, "
+                    "please report this, or export with --no-verify"
                 )
             return Seen(difference=None, why=why.partition(": ")[2])
         got = torch.load(out)

@@ -111,8 +111,8 @@ def export(
 ) -> Exported:
     """Write the quantized checkpoint ``model`` into the folder ``output`` in the layout ``target``.
 
-    progress(done, tensors) is called at the start and after each. Raises ``InputError`` for a layout or model that cannot
-    work, with the first layer that is not held; nothing is left behind then.
+    progress(done, tensors) is called at the start and after each. Raises ``InputError`` for a layout or model
+    that cannot work, with the first layer that is not held; nothing is left behind then.
     """
     output = Path(output)
     if target not in LAYOUTS:
@@ -211,7 +211,7 @@ def _packed(source: Source, codec, layers: dict[str, Layer], layer: Layer) -> di
         q = fp8.quantize(w) if codec is fp8 and to.format.grid == fp8.E4M3 else to.format.quantize(w)
         error = (q.dequantize() - w).square().sum() / w.square().sum().clamp(min=1e-30)
         layers[layer.name] = replace(layer, error=float(error))
-    _check_steps(layer.name, q)
+    layers[layer.name] = replace(layers[layer.name], zeros=_zero_steps(layer.name, q))
     more = (to.activation,) if codec is compressed_tensors else ()
     out = codec.to_dict(layer.name, q, *more)
     if to.activation is not None:
@@ -221,8 +221,8 @@ def _packed(source: Source, codec, layers: dict[str, Layer], layer: Layer) -> di
     return out
 
 
-def _check_steps(name: str, q: Stored) -> None:
-    """Refuse steps that are NaN, infinite or 0: no reader says what they mean."""
+def _zero_steps(name: str, q: Stored) -> int:
+    """How many steps are 0, so that their blocks are; those that are NaN or infinite are refused."""
     rest = q if isinstance(q, QTensor) else q.rest
     steps = value_of(rest.scale)
     bad = 0 if steps is None else int((~torch.isfinite(steps.float())).sum())
@@ -230,6 +230,7 @@ def _check_steps(name: str, q: Stored) -> None:
         raise InputError(
             f"{bad} steps of {name} are NaN or infinite; the checkpoint is damaged, make it again"
         )
+    return 0 if steps is None else int((steps == 0).sum())
 
 
 def _configure(source: Source, folder: Path, settings: dict) -> None:

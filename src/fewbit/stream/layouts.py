@@ -33,7 +33,7 @@ TARGETS = (*LAYOUTS, GGUF)
 class Layer:
     """A quantized module on its way. entry: as the source has it; to: as the target will; why: for what
     reason it is rounded again, or ""; error: |W' - W|^2 / |W|^2 of that; change: |W' - W| / |W| by its steps'
-    dtype.
+    dtype; zeros: steps of 0.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Layer:
     why: str = ""
     error: float = 0.0
     change: float = 0.0
+    zeros: int = 0
 
 
 def plan_layers(source: Source, codec, kinds: Mapping[str, str], requantize: bool) -> dict[str, Layer]:
@@ -132,6 +133,9 @@ def caveats(target: str, layers: Mapping[str, Layer], source: Source) -> list[st
     kept = {name: layer.to.activation for name, layer in layers.items()}
     lost = [n for n, x in layers.items() if x.entry.activation is not None and kept[n] is None]
     out = [f"{len(lost)} layers no longer round their inputs"] if lost else []
+    zeros = {n: x.zeros for n, x in layers.items() if x.zeros}
+    if zeros:
+        out.append(f"{sum(zeros.values())} steps are 0, their blocks too, first in {next(iter(zeros))}")
     new = any(a is None for a in kept.values())
     if target == "compressed-tensors":
         given = {n: a for n, a in kept.items() if a is not None}
