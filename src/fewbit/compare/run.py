@@ -91,7 +91,8 @@ def compare(
         with closing(bench.measured(missing, table, schedule.workers)) as finished:
             for row in finished:
                 table.put(row, row)
-                watch.done(row, kept=False)
+                with bench.lock:
+                    watch.done(row, kept=False)
                 write_rows(folder, table.comparison(todo))
     found = table.comparison(todo)
     write_rows(folder, found)
@@ -158,11 +159,9 @@ class _Bench:
         processes = Processes(workers)
         with ThreadPoolExecutor(workers) as pool:
             try:
-                if rows and rows[0].name == ORIGINAL:
+                first = int(bool(rows) and rows[0].title == ORIGINAL)
+                if first:
                     yield pool.submit(self._measure, 1, rows[0], None, processes).result()
-                    first = 1
-                else:
-                    first = 0
                 original = table.rows[ORIGINAL] if rows else None
                 jobs = [
                     pool.submit(self._in_time, number, row, original, processes)
