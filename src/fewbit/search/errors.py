@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fewbit.errors import InputError
 from fewbit.format import Format, Stats
 from fewbit.kernel.gram import add_gram, full
-from fewbit.search.judge import block_linears, logits_of
+from fewbit.search.judge import Tick, block_linears, logits_of
 from fewbit.solve import Need, Rtn, Solver
 from fewbit.transform import Incoherence
 
@@ -111,7 +111,9 @@ def cost(e: Tensor, r: Tensor, m: Tensor | None) -> float:
 
 
 @torch.no_grad()
-def gram_matrices(model: nn.Module, layers: Sequence[str], tokens: Tensor) -> dict[str, Tensor]:
+def gram_matrices(
+    model: nn.Module, layers: Sequence[str], tokens: Tensor, progress: Tick | None = None
+) -> dict[str, Tensor]:
     """H = X^T X / tokens of the input of each layer, [in, in] float32; layers with one input share it.
 
     Layers that ``tokens`` [w, l] never reach are left out.
@@ -125,8 +127,10 @@ def gram_matrices(model: nn.Module, layers: Sequence[str], tokens: Tensor) -> di
             sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         add_gram(sums[name], rows)
 
-    for window in tokens:
+    for i, window in enumerate(tokens, 1):
         _run(model, [g[0] for g in groups], window, see)
+        if progress is not None:
+            progress(i, len(tokens))
     whole = {name: full(h) / tokens.numel() for name, h in sums.items()}
     return {name: whole[g[0]] for g in groups for name in g}
 

@@ -13,7 +13,7 @@ Shapes: tokens [windows, l]. KL in nats per token, p the float model's distribut
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import torch
@@ -24,6 +24,7 @@ from fewbit.errors import InputError
 from fewbit.nn.blocks import find_blocks, linears
 
 SAME = 1e-6  # nats per token between two runs of one model: what float32 rounds away
+Tick = Callable[[int, int], None]  # told (done, total)
 _LOGITS = 2**27  # elements of logits at once: 512 MiB
 
 
@@ -93,7 +94,7 @@ class Judge:
 
 
 @contextmanager
-def replaced(weight: nn.Parameter, value: Tensor) -> Iterable[None]:
+def replaced(weight: nn.Parameter, value: Tensor) -> Iterator[None]:
     """Other values in a parameter, for a while."""
     before = weight.data
     weight.data = value.to(weight.dtype)

@@ -27,7 +27,7 @@ numbers, of either sign for a single layer; KL is never negative, and needs no t
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -38,10 +38,9 @@ from torch.nn import functional
 from fewbit.errors import InputError
 from fewbit.kernel.gram import add_gram, full
 from fewbit.nn.blocks import is_transposed, weight_of
-from fewbit.search.judge import Judge, block_linears, logits_of, replaced
+from fewbit.search.judge import Judge, Tick, block_linears, logits_of, replaced
 
 LEVELS = (0.05, 0.1, 0.2, 0.3)  # |E| / |W|: 0.09 is HIGGS at 4 bits, 0.17 at 3, 0.33 at 2
-Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from fewbit.errors import InputError
 from fewbit.nn.blocks import is_transposed, weight_of
 from fewbit.search.errors import Choice, cost, error, gram_matrices
-from fewbit.search.judge import Judge, block_linears, replaced
+from fewbit.search.judge import Judge, Tick, block_linears, replaced
 from fewbit.search.kept import Kept
-from fewbit.search.linearity import Tick, fisher_inputs, fisher_rows, response
+from fewbit.search.linearity import fisher_inputs, fisher_rows, response
 from fewbit.solve import Stats
 
 NOISE_LEVELS = (0.1, 0.3)
@@ -166,7 +166,16 @@ class _Near:
         return said
 
 
-def _near(model, choices, todo, texts, scores, judge, seed, phase) -> Iterator[_Near]:
+def _near(
+    model: nn.Module,
+    choices: Mapping[str, Sequence[Choice]],
+    todo: Sequence[str],
+    texts: Texts,
+    scores: Collection[Score],
+    judge: Judge | None,
+    seed: int,
+    phase: Phase,
+) -> Iterator[_Near]:
     """What is known around each layer of ``todo``, for as many at a time as Gram matrices fit; the judge is
     told where forwards may start.
     """
@@ -181,11 +190,14 @@ def _near(model, choices, todo, texts, scores, judge, seed, phase) -> Iterator[_
             held += 12 * weight_of(modules[part[-1]]).shape[1] ** 2
         if judge is not None:
             judge.close()  # whole forwards for the inputs
-        phase("inputs of the layers", "window")
+        seen, weighted = {}, {}
         asked = [n for n in part if any(c.wants_inputs for c in choices[n])]
-        seen = gram_matrices(model, asked, texts.solve) if asked else {}
-        judging = gram_matrices(model, part, texts.judge)
-        weighted = fisher_inputs(model, part, texts.judge, seed=seed) if rows else {}
+        if asked:
+            seen = gram_matrices(model, asked, texts.solve, phase("inputs that solvers see", "window"))
+        judging = gram_matrices(model, part, texts.judge, phase("inputs that judge", "window"))
+        if rows:
+            tick = phase("how much each token matters, by gradients", "window")
+            weighted = fisher_inputs(model, part, texts.judge, seed=seed, progress=tick)
         tick = phase("what each choice does to each layer", "layer") or (lambda *_: None)
         for name in part:
             module, a = modules[name], None
