@@ -124,8 +124,8 @@ def markdown(done: dict) -> str:
     labels += [label for label in done if label not in labels]
     columns = [(dtype, label) for dtype in DTYPES for label in labels]
     lines = [
-        "Tokens per second of processor time on one core, SmolLM2-135M: `python benchmarks/generate.py` (see its",
-        "first lines). Other programs kept both cores busy meanwhile.",
+        "Tokens per second of processor time on one core, SmolLM2-135M: `python benchmarks/generate.py`",
+        "(see its first lines). Other programs kept both cores busy meanwhile.",
         "Commits: " + ", ".join(f"{label} {done[label]['commit']}" for label in labels) + ".",
         "",
         "| checkpoint | " + " | ".join(f"{dtype}, {label}" for dtype, label in columns) + " | agree |",

@@ -7,7 +7,7 @@ from fewbit.errors import InputError
 from fewbit.format import FP32, MSE, Channel, Format, Gaussian
 from fewbit.format.bits import pack, row_bytes, unpack
 from fewbit.format.codec import from_plain, to_plain
-from fewbit.grid import Trellis, by_name
+from fewbit.grid import Trellis, by_name, trellis
 from fewbit.solve import Ldlq, Stats
 
 EVERY = [Trellis(code=code, rate=k, state_bits=16) for code in ("mad", "inst", "hyb") for k in (1, 2, 3, 4)]
@@ -105,6 +105,17 @@ def test_a_batch_of_matrices_is_its_matrices():
     assert torch.equal(codes[1], grid.round(x[1]))
     assert torch.equal(codes[0, 16:, 1:2], grid.round(x[0, 16:, 1:2]))  # and a tile is itself alone
     assert torch.equal(grid.value(codes)[1], grid.value(codes[1]))
+
+
+def test_decoding_in_parts_changes_nothing(monkeypatch):
+    grid = Trellis(rate=3)
+    codes = random_codes(grid, 64, 5)
+    whole = grid.value(codes)
+    for cached in (1, 2 * 16 * 80 + 1):  # one row of tiles at a time, and two
+        monkeypatch.setattr(trellis, "_CACHED", cached)
+        assert torch.equal(grid.value(codes), whole)
+        assert torch.equal(grid.value(codes.expand(2, 64, 5))[1], whole)
+    assert grid.value(codes[:0]).shape == (0, 5, 16)
 
 
 def test_a_layer_of_zeros_decodes_to_almost_zero():

@@ -185,14 +185,12 @@ class Trellis(Grid):
                 f"{self.name} decodes tiles of 16 rows, [..., out, n / 16] with out a multiple of 16, got "
                 f"shape {list(codes.shape)}"
             )
-        points = self.points(codes.device, dtype)
-        points = points.squeeze(1)  # torch takes rows of one number four times as long as numbers
-        out = torch.empty(*codes.shape, SIDE, dtype=dtype, device=codes.device)
-        tiles = codes.numel() // codes.shape[-2] * SIDE * SIDE or 1  # elements of a row of tiles
-        rows = max(1, _CACHED // tiles if codes.device.type == "cpu" else codes.shape[-2]) * SIDE
-        for part, into in zip(codes.split(rows, -2), out.split(rows, -3), strict=True):
-            into.copy_(points.index_select(0, self.states(part).flatten()).view(into.shape))
-        return out
+        # torch takes rows of one number four times as long as numbers
+        points, take = self.points(codes.device, dtype).squeeze(1), torch.index_select
+        rows_of_tiles = _CACHED // (SIDE * SIDE * max(1, codes.shape[-1]))
+        at_once = SIDE * max(1, rows_of_tiles) if codes.device.type == "cpu" else max(SIDE, codes.shape[-2])
+        parts = codes.split(at_once, -2)
+        return torch.cat([take(points, 0, self.states(p).flatten()).view(*p.shape, SIDE) for p in parts], -3)
 
     def _list(self) -> range:
         raise InputError(f"{self.name} gives a code no value of its own; points() lists those of its states")
