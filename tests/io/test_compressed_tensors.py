@@ -381,6 +381,8 @@ def test_readers_that_would_change_something_are_named():
         said({"m": fp8})
         == "transformers rounds the float32 scales to the model's float16; use float16 scales"
     )
+    assert "fails in a model of float16" in said({"m": format_by_name("mxfp4")})
+    assert said({"m": format_by_name("nvfp4")}, torch.bfloat16) == ""
     assert "2 to 8 bits" in said({"m": int_format(1, scale=FP16)})
     assert "128 x 128" in said({"m": Format(grid=E4M3, block=Block2d(64, 64), scale=FP16)})
     assert "128" not in said({"m": Format(grid=E4M3, block=Block2d(128, 128), scale=FP16)})

@@ -118,6 +118,15 @@ def test_bitsandbytes_bytes_decode_by_the_specification_and_come_back(kind, doub
         assert torch.equal(back.scale.zero, q.scale.zero)
 
 
+@pytest.mark.parametrize("scale", [FP32, DOUBLE_QUANT], ids=str)
+def test_groups_that_divide_rows_are_blocks_in_memory_order(scale):
+    q = Format(grid=by_name("nf4"), block=Group(32), scale=scale).quantize(weight())
+    _, back, _ = there_and_back(bitsandbytes, q)
+    assert back.format.block == Flat(32)
+    assert torch.equal(back.codes, q.codes)
+    assert torch.equal(back.dequantize(), q.dequantize())
+
+
 @pytest.mark.parametrize("scale", [FP16, BF16], ids=str)
 def test_rows_of_llm_int8_come_back_with_every_step(scale):
     q = Format(grid=Int(8), block=Channel(), scale=scale).quantize(weight())
@@ -141,7 +150,7 @@ def test_float32_steps_that_are_no_multiple_of_1_over_127_are_refused():
 def test_what_bitsandbytes_does_not_hold_is_refused_in_words():
     nf4 = by_name("nf4")
     for fmt, words in (
-        (Format(grid=nf4, block=Group(32), scale=FP32), "memory order"),
+        (Format(grid=nf4, block=Channel(), scale=FP32), "memory order"),
         (Format(grid=nf4, block=Flat(48), scale=FP32), "memory order"),
         (Format(grid=by_name("af4"), block=Flat(64), scale=FP32), "not af4"),
         (int_format(4), "not int4"),

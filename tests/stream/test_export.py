@@ -1,4 +1,4 @@
-"""Export: what a layout holds goes over by value; what it does not is refused by layer, or its cost is told."""
+"""Export: what a layout holds goes over by value; what it does not is refused by layer, or its cost told."""
 
 import json
 from dataclasses import replace

@@ -10,10 +10,11 @@
         X.SCB                    float32 [out]            w = q SCB / 127: the row's largest magnitude
         X.weight_format          uint8                    0: rows as they are
 
-Blocks run over the flattened matrix. Both tables are constants and checked (files hold the 8-bit map with an
-error of up to 1e-7, as it was computed; it is read as the exact one). The steps of 8 bits are SCB / 127
-in float32: exact, and back, for steps of float16, bfloat16 and those that are a maximum over 127; about one
-in a hundred of all float32 numbers is no such quotient and is refused.
+Blocks run over the flattened matrix; groups that divide its rows are such blocks, too. Both tables are
+constants and checked (files hold the 8-bit map with an error of up to 1e-7, as it was computed; it is read as
+the exact one). The steps of 8 bits are SCB / 127 in float32: exact, and back, for steps of float16, bfloat16
+and those that are a maximum over 127; about one in a hundred of all float32 numbers is no such quotient and is
+refused.
 
 QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314; LLM.int8(): https://arxiv.org/abs/2208.07339;
 the layout is that of https://github.com/bitsandbytes-foundation/bitsandbytes (no code of it is used).
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from fewbit.errors import InputError
 from fewbit.format.activation import Activation
-from fewbit.format.block import Channel, Flat, Token
+from fewbit.format.block import Channel, Flat, Group, Token
 from fewbit.format.format import Format, Zero
 from fewbit.format.named import FP32, bitsandbytes
 from fewbit.format.qtensor import QTensor
@@ -66,7 +67,8 @@ def holds(format: Format, shape: Shape | None = None, activation: Activation | N
         return "bitsandbytes quantizes the inputs of int8 weights only"
     if format.grid not in KINDS.values():
         return f"bitsandbytes holds nf4, fp4-bnb and int8, not {format.grid.name}"
-    if type(format.block) is not Flat or format.block.size not in _BLOCKS or format.zero is not Zero.NONE:
+    size = format.block.size if isinstance(format.block, Flat | Group) else 0
+    if size not in _BLOCKS or format.zero is not Zero.NONE:
         return f"blocks are {_BLOCKS[0]} to {_BLOCKS[-1]} elements in memory order there, not {format.block}"
     if plain_steps(format) is None and not _doubled(format):
         return f"steps are float32 or doubly quantized in bitsandbytes, not {format.scale}"
@@ -78,7 +80,7 @@ def stored_format(format: Format) -> Format:
     if isinstance(format.grid, Int):
         return Format(grid=Int(8), block=Channel(), scale=FP32)
     scale = format.scale if _doubled(format) else FP32
-    return Format(grid=format.grid, block=format.block, scale=scale)
+    return Format(grid=format.grid, block=Flat(format.block.size), scale=scale)
 
 
 def nearest(format: Format, shape: Shape) -> Format:
@@ -106,14 +108,14 @@ def to_dict(module: str, q: QTensor) -> dict[str, Tensor]:
     if isinstance(q.scale, QTensor):
         own = q.scale
         out |= {
-            ".absmax": own.codes,
+            ".absmax": own.codes.flatten(),
             ".nested_absmax": own.scale,
             ".nested_quant_map": _table(own.format.grid),
         }
         state |= {"nested_blocksize": own.format.block.size, "nested_dtype": "float32"}
         state["nested_offset"] = float(own.zero)
     else:
-        out[".absmax"] = q.scale.float()
+        out[".absmax"] = q.scale.float().flatten()
     out[f".{STATE}{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return {f"{module}.weight{name}": tensor.contiguous() for name, tensor in out.items()}
 

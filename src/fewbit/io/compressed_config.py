@@ -108,6 +108,8 @@ def caveats(
             out.append("transformers 5.23 cannot load several formats when one of them is asymmetric")
         elif any(plain_steps(f) != dtype for f in distinct - rounded):
             out.append("transformers 5.23 rounds the decoded asymmetric weights to the dtype of their scales")
+    if dtype != torch.bfloat16 and any(plain_steps(f) is None for f in formats.values()):
+        out.append(f"transformers decodes MX and NVFP4 weights to bfloat16 and fails in a model of {model}")
     if any(f.grid.bits == 1 for f in distinct):
         out.append("vLLM reads 2 to 8 bits, not 1")
     blocks = {f.block for f in distinct if type(f.block) is Block2d}

@@ -31,10 +31,15 @@ if own == "native": import fewbit
 import transformers
 config = transformers.AutoConfig.from_pretrained(folder)
 cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
-fp8 = getattr(config, "quantization_config", {}).get("quant_method") == "fp8"  # decoded to the model's dtype
-model = cls.from_pretrained(folder, dtype="auto" if fp8 else torch.float32).eval()
-with torch.no_grad():
-    torch.save(model(torch.load(given))[0].float(), out)
+for dtype in (torch.float32, torch.bfloat16):
+    model = cls.from_pretrained(folder, dtype=dtype).eval()
+    try:
+        with torch.no_grad():
+            torch.save(model(torch.load(given))[0].float(), out)
+        break
+    except RuntimeError as error:  # FP8 tiles, NVFP4 and MX are decoded to bfloat16, whatever the model is
+        if "same dtype" not in str(error) or dtype == torch.bfloat16:
+            raise
 assert own == "native" or "fewbit" not in sys.modules
 """
 

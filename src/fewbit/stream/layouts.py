@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from fewbit.errors import InputError
+from fewbit.format.block import Block2d
 from fewbit.format.format import Format
 from fewbit.io import awq, bitsandbytes, compressed_tensors, fp8, gptq, native
 from fewbit.io.native import Entry
@@ -148,7 +149,8 @@ def caveats(target: str, layers: Mapping[str, Layer], source: Source) -> list[st
         out.append(
             "vLLM reads GPTQ files of symmetric weights only; compressed-tensors holds asymmetric ones"
         )
-    ragged = (n for n, x in layers.items() if any(side % 128 for side in x.to.shape))
+    tiled = {n: x.to for n, x in layers.items() if isinstance(x.to.format.block, Block2d)}
+    ragged = (n for n, to in tiled.items() if any(side % 128 for side in to.shape))
     if target == "fp8" and (name := next(ragged, None)):
         out.append(f"tiles of 128 x 128 do not divide {name}, and transformers decodes such only on a GPU")
     return out
