@@ -11,6 +11,7 @@ import fewbit
 from fewbit.errors import InputError
 from fewbit.io.load import load
 from fewbit.io.source import open_source
+from fewbit.nn.blocks import find_blocks
 from fewbit.recipe import Recipe, Rule, awq, gptq, nf4, quarot, rtn
 from fewbit.seams.diagonal import Seam, _holds, find_seams
 from fewbit.solve import Need
@@ -18,9 +19,10 @@ from fewbit.stream.coverage import coverage
 from fewbit.stream.data import Calibration
 from fewbit.stream.job import MANIFEST
 from fewbit.stream.mixture import THIN, solve_experts
-from fewbit.stream.plan import make_plan
+from fewbit.stream.plan import assign, make_plan
 from fewbit.transform.chooser import Kind
 
+INT8 = rtn(bits=8, group_size=32).rules[0].weight
 FEW = Calibration(samples=6, seqlen=48)
 TOKENS = 6 * 48
 
@@ -212,7 +214,7 @@ def test_inside_an_expert_up_feeds_down_where_the_gate_is_a_product(models):
 
 def test_awq_scales_experts_and_keeps_the_model(models, tmp_path):
     """At 8 bits a scale that is folded wrongly would show, and none does."""
-    recipe = awq(bits=8, group_size=32)
+    recipe = awq(bits=8, group_size=32, range="minmax", points=5)
     result = fewbit.quantize(models / "mixtral", recipe, output=tmp_path / "awq", calibration=FEW)
     assert not any("not folded" in note for row in result.rows for note in row.notes)
     with torch.no_grad():
@@ -255,6 +257,23 @@ def test_the_plan_counts_experts_by_the_tokens_they_get(models):
     assert {x.share for x in plan.layers if ".experts." not in x.module} == {1.0}
     assert len(plan.layers) == 2 * (4 + 3 * EXPERTS)
     assert Need.GRAM in plan.needs
+
+
+def test_the_plan_tells_what_readers_make_of_experts(models):
+    source = open_source(models / "qwen3_moe")
+    of = lambda recipe: " ".join(make_plan(source, recipe, FEW)[0].caveats)  # noqa: E731
+    assert "without zero points only" in of(awq(group_size=32))
+    assert "without zero points only" not in of(gptq(group_size=32, symmetric=True))
+    assert "an expert gets about 144, few for layers of 64 inputs" in of(gptq(group_size=32))
+    rules = (Rule(match="*.down_proj", weight=INT8), *rtn(group_size=32).rules)
+    assert "one format for them" in of(Recipe(name="mixed", rules=rules))
+
+
+def test_experts_of_an_unknown_kind_are_refused_by_name():
+    """Where nothing tells a fused module's layout it would stay float, and with it most of the model."""
+    model = tiny("mixtral")
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.experts \(MixtralExperts\)"):
+        assign(model, find_blocks(model), rtn(), {})
 
 
 def test_a_rotation_is_refused_in_words(models, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fewbit.errors import InputError
-from fewbit.format import Format
+from fewbit.format import Format, Zero
 from fewbit.io import compressed_tensors
 from fewbit.io.skeleton import build_skeleton, parameter_map
 from fewbit.io.source import Source
@@ -137,6 +137,14 @@ def _caveats(layers, source, calibration, reason, tuning) -> tuple[str, ...]:
     if not reason:
         given = {layer.name: layer.activation for layer in layers if layer.activation is not None}
         out += compressed_tensors.caveats({x.name: x.format for x in layers}, source.dtype, given)
+        experts = {x.format for x in layers if x.share < 1}
+        if any(format.zero is not Zero.NONE for format in experts):
+            out.append(
+                "transformers 5.23, and vLLM of before June 2026, load experts without zero points only: use "
+                "symmetric=true for them"
+            )
+        if len(experts) > 1:
+            out.append("vLLM runs the experts of a block as one and needs one format for them")
     if any(layer.rule.split is not None for layer in layers):
         out.append("columns that meet outliers in the calibration are stored in float on top of this size")
     solved = [layer for layer in layers if Need.GRAM in layer.rule.solver.needs]
@@ -147,6 +155,14 @@ def _caveats(layers, source, calibration, reason, tuning) -> tuple[str, ...]:
                 f"{tokens} calibration tokens are few for layers of {widest} inputs: GPTQ fits their "
                 f"noise below "
                 f"five times as many; use --samples {math.ceil(5 * widest / calibration.seqlen)} or more"
+            )
+        experts = [layer for layer in solved if layer.share < 1]
+        if experts:
+            each, wide = tokens * experts[0].share, max(layer.shape[1] for layer in experts)
+        if experts and each < 5 * wide:
+            out.append(
+                f"of {tokens} calibration tokens an expert gets about {each:,.0f}, few for layers of {wide} "
+                "inputs; those that get too few are solved with all of them; more --samples help"
             )
     return tuple(out)
 
