@@ -13,8 +13,8 @@
 Blocks run over the flattened matrix; groups that divide its rows are such blocks, too. Both tables are
 constants and checked (files hold the 8-bit map with an error of up to 1e-7, as it was computed; it is read as
 the exact one). The steps of 8 bits are SCB / 127 in float32: exact, and back, for steps of float16, bfloat16
-and those that are a maximum over 127; about one in a hundred of all float32 numbers is no such quotient and is
-refused.
+and those that are a maximum over 127; about one in a hundred of all float32 numbers is no such quotient, and
+is refused.
 
 QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314; LLM.int8(): https://arxiv.org/abs/2208.07339;
 the layout is that of https://github.com/bitsandbytes-foundation/bitsandbytes (no code of it is used).

@@ -1,0 +1,70 @@
+"""What clients make of exported checkpoints: logits of a fresh transformers process beside fewbit's own.
+
+    python benchmarks/export_clients.py
+
+Writes benchmarks/results/export_clients.md. A tiny random Llama (float32) is quantized, exported and verified
+as `fewbit export` does it; the difference is the largest of the logits on 24 tokens, over the largest logit.
+Cases for bitsandbytes need that package, others nothing beyond fewbit's own dependencies.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT.parent / "tests"))
+
+from tiny import save_tiny  # noqa: E402
+
+from fewbit.recipe import named  # noqa: E402
+from fewbit.stream.data import Calibration  # noqa: E402
+from fewbit.stream.export import export  # noqa: E402
+from fewbit.stream.quantize import quantize  # noqa: E402
+
+STATIC = {"static": "true", "input": "tensor"}
+E4M3 = {"grid": "e4m3fn", "weight": "tensor"}
+CASES = (
+    ("W4A16, group 32", "rtn", {"group_size": "32"}, "compressed-tensors"),
+    (
+        "W3A16, group 32, asymmetric",
+        "rtn",
+        {"bits": "3", "group_size": "32", "symmetric": "false"},
+        "compressed-tensors",
+    ),
+    ("FP8 weights and inputs, dynamic", "fp8-dynamic", {}, "compressed-tensors"),
+    ("FP8 weights and inputs, static", "w8a8", STATIC | E4M3, "compressed-tensors"),
+    ("W8A8 int8, static", "w8a8", STATIC, "compressed-tensors"),
+    ("W8A8 int8, dynamic", "w8a8", {}, "compressed-tensors"),
+    ("NVFP4", "rtn", {"format": "nvfp4"}, "compressed-tensors"),
+    ("MXFP4", "rtn", {"format": "mxfp4"}, "compressed-tensors"),
+    ("FP8 per tensor, static inputs", "w8a8", STATIC | E4M3, "fp8"),
+    ("NF4, steps doubly quantized", "nf4", {}, "bitsandbytes"),
+    ("int8 weights", "int8", {}, "bitsandbytes"),
+    ("LLM.int8()", "llm-int8", {"calibrate": "false"}, "bitsandbytes"),
+    ("W4A16, group 32", "rtn", {"group_size": "32"}, "gptq"),
+    ("W4A16, group 32", "rtn", {"group_size": "32"}, "awq"),
+    ("any Format: W4A16, group 32", "rtn", {"group_size": "32"}, "native"),
+)
+
+
+def main() -> None:
+    """Run every case; a line for each."""
+    lines = ["Printed by `python benchmarks/export_clients.py`.", ""]
+    lines += ["| source | layout | difference | or why not |", "|---|---|--:|---|"]
+    few = Calibration(samples=4, seqlen=32)
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        save_tiny("llama", root / "model")
+        for i, (name, recipe, settings, target) in enumerate(CASES):
+            source = root / f"{i}"
+            made = named(recipe, settings)
+            quantize(root / "model", made, output=source, calibration=few, read_back=False)
+            seen = export(source, target, root / f"{i}-exported").seen
+            shown = "" if seen.difference is None else f"{seen.difference:.2g}"
+            lines.append(f"| {name} | {target} | {shown} | {seen.why} |")
+            print(lines[-1], flush=True)
+    (ROOT / "results" / "export_clients.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
