@@ -4,7 +4,8 @@
 
 ``--client`` is a Python that has llama-cpp-python (`pip install llama-cpp-python`); by default this one.
 Eight prompts, 20 tokens each. Model: SmolLM2-135M, and for K-quants, whose blocks of 256 do not tile its 576
-columns, a random Llama of 256 columns. Writes benchmarks/results/gguf_llamacpp.md.
+columns, a random Llama of 256 columns. Rows are kept in benchmarks/results/gguf_llamacpp.json as they come
+and not taken again; gguf_llamacpp.md beside it is the table.
 
 When llama.cpp multiplies with quantized weights it rounds the inputs to 8 bits per 32, which is its
 arithmetic and not the file's. So each file is asked twice: as llama.cpp unpacks it to float32, and as it runs
@@ -31,6 +32,7 @@ from fewbit.solve import Ldlq
 from fewbit.stream.data import Calibration
 
 ROOT = Path(__file__).parent
+ROWS = ROOT / "results" / "gguf_llamacpp.json"
 TOKENS = 20
 PROMPTS = (
     "The capital of France is",
@@ -46,17 +48,15 @@ PROMPTS = (
 
 def recipes() -> dict[str, tuple[str, Recipe]]:
     """Row -> (model, recipe)."""
-    rows = {
-        f"rtn {f}": ("smollm2", named("rtn", {"format": f})) for f in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-    }
-    rows |= {f"gptq {f}": ("smollm2", named("gptq", {"format": f})) for f in ("q4_0", "mxfp4")}
-    rows["gptq int4 g64 bf16"] = ("smollm2", named("gptq", {"group_size": "64", "scale": "bf16"}))
-    rows["gptq int4 g64 fp16, zeros"] = (
-        "smollm2", named("gptq", {"group_size": "64", "scale": "fp16", "symmetric": "false"}),
-    )  # fmt: skip
-    for f in ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k"):
+    rows = {}
+    for f in ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "mxfp4"):
         rule = Rule(weight=FORMATS[f], solver=Ldlq())
         rows[f"gptq {f}"] = ("random", Recipe(name=f"gptq-{f}", rules=(rule,)))
+    rows |= {f"rtn {f}": ("random", named("rtn", {"format": f})) for f in ("q5_0", "q5_1")}
+    rows |= {f"rtn {f}": ("smollm2", named("rtn", {"format": f})) for f in ("q8_0", "q4_1", "q4_0")}
+    rows["gptq q4_0"] = ("smollm2", named("gptq", {"format": "q4_0"}))
+    zeros = {"group_size": "64", "scale": "fp16", "symmetric": "false"}
+    rows["gptq int4 g64 with zeros"] = ("smollm2", named("gptq", zeros))
     return rows
 
 
@@ -126,37 +126,38 @@ def main():
     parser.add_argument("--client", default=sys.executable)
     parser.add_argument("--only", nargs="*", default=())
     args = parser.parse_args()
-    lines = []
+    kept = json.loads(ROWS.read_text()) if ROWS.exists() else {}
+    todo = {**recipes(), "packaged": ("smollm2", None)}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        models = {"smollm2": "smollm2", "random": None}
-        for name, (model, recipe) in recipes().items():
-            if args.only and not any(text in name for text in args.only):
+        out, path = scratch / "out", scratch / "model.gguf"
+        random = random_model(scratch / "random")
+        for name, (model, recipe) in todo.items():
+            if name in kept or (args.only and not any(text in name for text in args.only)):
                 continue
-            models["random"] = models["random"] or random_model(scratch / "random")
-            out = scratch / "out"
-            fewbit.quantize(models[model], recipe, output=out, calibration=Calibration(samples=8))
-            written = write(open_source(out), scratch / "model.gguf")
-            label = name if model == "smollm2" else f"{name}, random weights"
-            lines.append(row(label, out, scratch / "model.gguf", str(written), args.client))
-            print(lines[-1], flush=True)
-            shutil.rmtree(out)
-        if not args.only:
-            lines.append(row("packaged", "smollm2", packaged_file(), "Q4_1, Q8_0 embedding", args.client))
-            print(lines[-1], flush=True)
-    command = "python " + " ".join(
-        ["benchmarks/gguf_llamacpp.py", *(["--only", *args.only] if args.only else [])]
-    )
+            if recipe is None:
+                kept[name] = row(name, "smollm2", packaged_file(), "Q4_1, Q8_0 embedding", args.client)
+            else:
+                start = random if model == "random" else model
+                fewbit.quantize(
+                    start, recipe, output=out, calibration=Calibration(samples=8), read_back=False
+                )
+                written = write(open_source(out), path)
+                label = name if model == "smollm2" else f"{name}, random weights"
+                kept[name] = row(label, out, path, str(written), args.client)
+                shutil.rmtree(out)
+            print(kept[name], flush=True)
+            ROWS.write_text(json.dumps(kept, indent=1) + "\n")
+    lines = [kept[name] for name in todo if name in kept]
     text = (
-        f"Printed by `{command} --client PYTHON`.\n"
+        "Printed by `python benchmarks/gguf_llamacpp.py --client PYTHON`.\n"
         f"Prompts whose {TOKENS} greedy tokens are those of our dequantized model in float32, and in\n"
         "brackets tokens before the first that differs. Lead: the smallest distance from the first to the\n"
         "second logit on the way.\n\n"
         "| weights | in the file | MB | unpacked by llama.cpp | run by it, inputs rounded | least lead |\n"
         "|---|---|--:|---|---|--:|\n" + "\n".join(lines) + "\n"
     )
-    if not args.only:
-        (ROOT / "results" / "gguf_llamacpp.md").write_text(text)
+    (ROOT / "results" / "gguf_llamacpp.md").write_text(text)
     print(text)
 
 
