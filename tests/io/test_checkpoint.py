@@ -97,6 +97,23 @@ def test_other_quantization_methods_are_refused_by_name(tmp_path):
         open_source(other)
 
 
+def test_configurations_that_are_no_configuration_are_refused_in_words(tmp_path):
+    save_quantized("llama", tmp_path / "q", int_format(4), compressed_tensors)
+    group = {"targets": None, "weights": {"num_bits": 4}}
+    for i, config in enumerate(
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"a": group}},
+            {"quant_method": "compressed-tensors", "config_groups": {"a": group | {"targets": ["re:("]}}},
+            {"quant_method": "compressed-tensors", "config_groups": [1]},
+            {"quant_method": "fewbit", "version": 1, "formats": 3, "modules": []},
+            {"quant_method": ["gptq"]},
+        )
+    ):
+        folder = copy_with_config(tmp_path / "q", tmp_path / str(i), quantization_config=config)
+        with pytest.raises(InputError, match=r"broken|is not read"):
+            open_source(folder)
+
+
 @pytest.mark.parametrize("layout", [native, compressed_tensors], ids=["native", "compressed-tensors"])
 def test_a_missing_tensor_is_named(layout, tmp_path):
     save_quantized("llama", tmp_path, int_format(4, asymmetric=True), layout)

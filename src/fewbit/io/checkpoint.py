@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -48,7 +49,7 @@ CODECS = {
 def codec_of(config: Mapping, name: str):
     """What reads the layout that a ``quantization_config`` names; ``name`` of the model, for the error."""
     method = config.get("quant_method")
-    if method not in CODECS:
+    if not isinstance(method, str) or method not in CODECS:
         raise InputError(
             f"{name} is quantized with {method!r}, which is not read; give the unquantized model, or a "
             f"checkpoint of {', '.join(CODECS)}"
@@ -84,9 +85,17 @@ class Checkpoint(SafetensorsSource):
         super().__init__(folder, name)
         self.quantization_config = _quantization_config(folder)
         self._codec = codec_of(self.quantization_config, name)
-        self.entries: dict[str, Entry] = self._codec.entries(
-            self.quantization_config, self._infos, super().read
-        )
+        try:
+            self.entries: dict[str, Entry] = self._codec.entries(
+                self.quantization_config, self._infos, super().read
+            )
+        except InputError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, re.error) as error:
+            raise InputError(
+                f"the quantization_config of {name} is broken ({type(error).__name__}: {error}); it is no "
+                f"{self.quantization_config['quant_method']} configuration, get the checkpoint again"
+            ) from error
         self.sites: tuple[SiteEntry, ...] = ()
         if self._codec is native:
             self.sites = native.sites_from_config(self.quantization_config)
