@@ -1,7 +1,7 @@
 """How well the calibration text covered the experts of a mixture: what its router sent where.
 
-An expert that few tokens reached is solved from all of them (``mixture.py``), and that is worth knowing: more
-text, or text of another kind, may reach it.
+An expert that few tokens reached is solved for the most part from others of its block (``mixture.py``), and
+that is worth knowing: more text, or text of another kind, may reach it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass
 
 from fewbit.stream.progress import LayerRow
 
+THIN = "fewer tokens than inputs were routed to this expert: solved mostly from others of its block"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
     """Of all experts of a model. fewest: tokens of the ``rarest`` expert; unvisited: experts without any;
-    thin: how many were solved with all tokens of their block, having too few of their own.
+    thin: how many got fewer tokens than they have inputs, and were solved for the most part from others.
     """
 
     experts: int
@@ -33,7 +35,7 @@ class Coverage:
         if self.unvisited:
             said = f"{self.experts}; {len(self.unvisited)} got no token, such as {self.unvisited[0]}"
         if self.thin:
-            said += f"; {self.thin} had too few and were solved with all tokens of their block"
+            said += f"; {self.thin} got fewer than they have inputs"
         return said
 
 
@@ -45,7 +47,7 @@ def coverage(rows: Iterable[LayerRow]) -> Coverage | None:
         if row.routed is not None:
             expert = row.layer.rpartition(".")[0]
             tokens[expert] = row.routed
-            thin |= {expert} if row.tokens > row.routed else set()
+            thin |= {expert} if THIN in row.notes else set()
     if not tokens:
         return None
     rarest = min(tokens, key=tokens.__getitem__)

@@ -12,6 +12,7 @@ import torch
 from fewbit.errors import InputError
 from fewbit.stream.sites import BATCH
 
+SPREAD = 4  # tokens of a whole block that an expert is solved from, for each of its inputs
 SENTENCE = 32  # tokens of a usual one
 
 

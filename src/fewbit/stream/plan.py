@@ -162,7 +162,7 @@ def _caveats(layers, source, calibration, reason, tuning) -> tuple[str, ...]:
         if experts and each < 5 * wide:
             out.append(
                 f"of {tokens} calibration tokens an expert gets about {each:,.0f}, few for layers of {wide} "
-                "inputs; those that get too few are solved with all of them; more --samples help"
+                "inputs; those with fewer tokens than inputs are solved mostly from others; add --samples"
             )
     return tuple(out)
 

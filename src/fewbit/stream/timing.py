@@ -38,7 +38,7 @@ from fewbit.solve import Aqlm, Gptvq, Ldlq, Need
 from fewbit.solve.calls import Target, fast_bfloat16
 from fewbit.solve.tune import Tuner
 from fewbit.stream.data import Calibration
-from fewbit.stream.estimate import SENTENCE
+from fewbit.stream.estimate import SENTENCE, SPREAD
 from fewbit.transform.awq import Awq
 from fewbit.transform.chooser import SCALES, Chooser, Reader
 
@@ -72,13 +72,14 @@ def seconds(
     window = min(calibration.seqlen, SENTENCE) if depth == "whole" else calibration.seqlen
     tokens, weights = calibration.samples * window, sum(x.share * math.prod(x.shape) for x in own)
     groups = {(x.block, x.module.rpartition(".")[0], x.shape[1], x.share) for x in own}
-    grams = sum(share * tokens * n * n for _, _, n, share in groups) / speed
+    grams = sum((share * tokens + (share < 1) * SPREAD * n) * n * n for _, _, n, share in groups) / speed
     one_pass = BLOCK * 2 * tokens * weights / speed
     passes, gathered = 1.0, 0
     if any(x.rule.needs & {Need.GRAM, Need.CROSS} for x in own):
         gathered, passes = 1, passes + (depth == "block")
-        experts = sum(x.share * math.prod(x.shape) for x in own if x.share < 1)
-        total += 2 * BLOCK * 2 * tokens * experts / speed  # run for their first layers, and for their last
+        # experts are run for their first layers, and for their last, on own tokens and some of the block's
+        reads = ((x.share * tokens + SPREAD * x.shape[1]) * math.prod(x.shape) for x in own if x.share < 1)
+        total += 2 * BLOCK * 2 * sum(reads) / speed
     for chooser in recipe.transforms:
         passes, gathered = passes + 1, gathered + (Need.GRAM in chooser.needs)
         if chooser.kinds & SCALES:
