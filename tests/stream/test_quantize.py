@@ -151,13 +151,17 @@ def test_rules_choose_formats_by_name_and_leave_the_rest(llama, tmp_path):
 
 
 def test_a_solver_goes_onto_any_grid(llama, tmp_path):
-    others = ({"grid": "nf4"}, {"grid": "e2m1", "scale": "e8m0"}, {"grid": "e2m1", "scale": "e4m3"})
-    for i, settings in enumerate(others):
+    others = (  # and whose layout holds it
+        ("native", {"grid": "nf4"}),
+        ("compressed-tensors", {"grid": "e2m1", "scale": "e8m0"}),  # MXFP4
+        ("native", {"grid": "e2m1", "scale": "e4m3"}),  # no float32 step over the steps, as NVFP4 has
+    )
+    for i, (layout, settings) in enumerate(others):
         result = fewbit.quantize(
             llama, gptq(group_size=32, range="absmax", **settings), output=tmp_path / str(i), calibration=FEW
         )
-        assert result.plan.checkpoint == "native"
-        assert result.plan.checkpoint_reason
+        assert result.plan.checkpoint == layout
+        assert bool(result.plan.checkpoint_reason) == (layout != "compressed-tensors")
         assert result.difference == 0
         assert result.plan.bits_per_weight < 4.6
 
