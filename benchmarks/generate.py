@@ -125,7 +125,8 @@ def markdown(done: dict) -> str:
     columns = [(dtype, label) for dtype in DTYPES for label in labels]
     lines = [
         "Tokens per second of processor time on one core, SmolLM2-135M: `python benchmarks/generate.py`",
-        "(see its first lines). Other programs kept both cores busy meanwhile.",
+        "(see its first lines), 8 to 32 new tokens. Other programs kept both cores busy meanwhile, and some rows",
+        "more than others: compare factors, of a hundred percent rather than of ten.",
         "Commits: " + ", ".join(f"{label} {done[label]['commit']}" for label in labels) + ".",
         "",
         "| checkpoint | " + " | ".join(f"{dtype}, {label}" for dtype, label in columns) + " | agree |",
