@@ -112,7 +112,7 @@ def main():
         print(f"| {bits:.3f} | {kl:.4f} | {name} |")
     print()
     for bits, kl, name in sorted(peers):
-        least = min((k, n) for b, k, n in own if b <= bits)
+        least = min((k, n) for b, k, n in own if b <= bits + 0.005)  # the peers' are rounded to 0.01
         print(f"{name}, {bits:.2f} bits, KL {kl:.4f}; fewbit in as many: {least[0]:.4f}, {least[1]}")
 
 
