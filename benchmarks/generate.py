@@ -124,9 +124,9 @@ def markdown(done: dict) -> str:
     labels += [label for label in done if label not in labels]
     columns = [(dtype, label) for dtype in DTYPES for label in labels]
     lines = [
-        "Tokens per second of processor time on one core, SmolLM2-135M: `python benchmarks/generate.py`",
-        "(see its first lines), 8 to 32 new tokens. Other programs kept both cores busy meanwhile, and some rows",
-        "more than others: compare factors, of a hundred percent rather than of ten.",
+        "Tokens per second of processor time on one core, SmolLM2: `python benchmarks/generate.py`",
+        "(see its first lines), 8 to 32 new tokens. Other programs kept both cores busy meanwhile, in some",
+        "rows more than in others, so small differences mean nothing.",
         "Commits: " + ", ".join(f"{label} {done[label]['commit']}" for label in labels) + ".",
         "",
         "| checkpoint | " + " | ".join(f"{dtype}, {label}" for dtype, label in columns) + " | agree |",
