@@ -77,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     text = args.data / "wikitext2_raw_valid.txt"
     for bits in args.bits:
-        done = json.loads(args.results.read_text()) if args.results.exists() else {}
+        done = _read(args.results)
         if str(bits) in done:
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -89,27 +89,32 @@ def main() -> None:
             for layer in said["layers"]:
                 chosen[layer["choice"]] += weights[layer["layer"]] / sum(weights.values())
             row |= {"chosen": dict(chosen)} | measured(file, text, args.data, args.device)
-        done = json.loads(args.results.read_text()) if args.results.exists() else {}
+        done = _read(args.results)
         done[str(bits)] = row
         args.results.write_text(json.dumps(done, indent=1) + "\n")
         print(bits, json.dumps(row), flush=True)
-    args.results.with_suffix(".md").write_text(markdown(done))
+    args.results.with_suffix(".md").write_text(markdown(_read(args.results)))
+
+
+def _read(file: Path) -> dict:
+    """Rows that are known."""
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def markdown(done: dict) -> str:
     """A table for each budget."""
     file = ROOT / "results" / "methods" / "results.json"
-    uniform = {row["name"]: row for row in json.loads(file.read_text())["rows"] if row["kl"] is not None}
+    uniform = [row for row in json.loads(file.read_text())["rows"] if row["kl"] is not None]
     lines = ["# Any formats under a budget of bits", ""]
     lines += ["Printed by `python benchmarks/search_mixed.py` (its first lines say what is measured).", ""]
     for bits in sorted(float(b) for b in done):
         row = done[str(bits)]
-        near = {k: r for k, r in uniform.items() if bits <= r["bits"] <= bits + ABOVE}
-        shown = sorted(near.items(), key=lambda pair: pair[1]["kl"])[:3]
-        shown += [(k, r) for k, r in uniform.items() if "QTIP, mad" in k and int(r["bits"]) == int(bits)]
+        near = [r for r in uniform if bits <= r["bits"] <= bits + ABOVE]
+        shown = sorted(near, key=lambda r: r["kl"])[:3]
+        shown += [r for r in uniform if "QTIP, mad" in r["name"] and int(r["bits"]) == int(bits)]
         lines += [f"## {bits:g} bits", "", "| | bits | expected KL | KL | ± | top-1 % | perplexity |"]
         lines += ["|---|--:|--:|--:|--:|--:|--:|", _line("**search**", row, f"{row['expected']:.4f}")]
-        lines += [_line(f"uniform: {k}", r, "") for k, r in shown]
+        lines += [_line(f"uniform: {r['name']}", r, "") for r in shown]
         parts = sorted(row["chosen"].items(), key=lambda pair: -pair[1])
         lines += ["", "Shares of the weights: " + ", ".join(f"`{c}` {100 * s:.1f} %" for c, s in parts), ""]
     return "\n".join(lines)
