@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from quantized import FORMATS, int_format, save_quantized
@@ -71,7 +72,16 @@ WITH_INPUTS = (
             (PerTensor(), True, TENSOR, True),
         )
     ),
-    (int_format(8, block=Channel()), Activation(format=int_format(8, block=Token(), asymmetric=True))),
+    *(  # W4A8: fewer bits for the weights than for inputs
+        (int_format(b, block=k, asymmetric=z), Activation(format=int_format(8, block=Token(), asymmetric=y)))
+        for b, k, z, y in (
+            (4, Group(32), False, False),
+            (4, Channel(), False, True),
+            (4, Group(32), True, False),
+            (3, Group(32), False, False),
+            (8, Channel(), False, True),
+        )
+    ),
     *(
         (Format(grid=E4M3, block=b, scale=FP32), Activation(format=Format(grid=E4M3, **x), static=s))
         for b, x, s in (
@@ -161,6 +171,29 @@ def test_weights_with_quantized_inputs_come_back_and_the_library_decodes_them(fm
     assert scheme.input_activations.dynamic == (not activation.static)
 
 
+def test_w4a8_is_what_the_library_infers_and_is_read_packed_as_well():
+    """Its own choice is int-quantized; files that say pack-quantized hold the words of W4A16."""
+    fmt, activation = int_format(4), Activation(format=INT8)
+    config = ct.quantization_config({"m": fmt}, [], {"m": activation})
+    group = config["config_groups"]["group_0"]
+    scheme = QuantizationScheme.model_validate(group)
+    assert infer_module_format(torch.nn.Linear, scheme).value == group["format"] == config["format"]
+    q = fmt.quantize(weight())
+    config["config_groups"]["group_0"]["format"] = config["format"] = "pack-quantized"
+    stored = ct.to_dict("m", q)
+    entry = entries_of(ct, config, stored)["m"]
+    assert sorted(ct.names("m", *entry.stored, activation=entry.activation, packed=True)) == sorted(stored)
+    assert torch.equal(ct.from_dict("m", stored, *entry.stored).codes, q.codes)
+
+
+def test_bytes_that_do_not_fit_into_the_bits_of_a_weight_are_refused():
+    fmt, activation = int_format(4), Activation(format=INT8)
+    stored = ct.to_dict("m", fmt.quantize(weight()), activation)
+    stored["m.weight"][3, 5] = 8
+    with pytest.raises(InputError, match=r"m.weight holds numbers of more than 4 bits"):
+        ct.from_dict("m", stored, fmt, SHAPE)
+
+
 def test_tiles_cut_short_at_the_edges_are_read_with_every_value():
     w, fmt = weight((192, 320)), Format(grid=E4M3, block=Block2d(128, 128), scale=FP32)
     scale = torch.rand(2, 3) + 0.5
@@ -180,7 +213,8 @@ ROWS = int_format(8, block=Channel())
     ("fmt", "activation", "words"),
     [
         (ROWS, {"format": INT8, "outliers": 6.0}, "outliers"),
-        (int_format(4), {"format": INT8}, "int4 with inputs in int8"),
+        (int_format(4, block=PerTensor()), {"format": INT8}, "per group or channel"),
+        (int_format(4), {"format": replace(INT8, grid=Int(4))}, "int4 with inputs in int4"),
         (int_format(8), {"format": INT8}, "per channel or tensor"),
         (ROWS, {"format": Format(grid=E4M3, **TOKEN)}, "inputs in e4m3fn"),
         (ROWS, {"format": replace(INT8, range=Percentile())}, "largest magnitude there, not Percentile"),
@@ -317,8 +351,8 @@ def test_configurations_of_other_tools_are_read():
         ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
         ({"transform_config": {"config_groups": {}, "x": 1}}, "transform_config"),
         (
-            {"input_activations": {"num_bits": 8, "dynamic": True, "strategy": "token"}},
-            "int4 with inputs in int8",
+            {"input_activations": {"num_bits": 4, "dynamic": True, "strategy": "token"}},
+            "int4 with inputs in int4",
         ),
         (
             {"input_activations": {"num_bits": 4, "type": "float", "dynamic": "local"}},

@@ -178,7 +178,9 @@ class Checkpoint(SafetensorsSource):
         return out
 
     def _stored_names(self, module: str, entry: Entry) -> list[str]:
-        more = {"activation": entry.activation} if self._codec is compressed_tensors else {}
+        more = {}
+        if self._codec is compressed_tensors:
+            more = {"activation": entry.activation, "packed": f"{module}.weight_packed" in self._infos}
         parts = self._codec.names(module, *entry.stored, **more)
         parts += self._input_names(module, entry)
         there = [f"{module}.{n}" for n in self._codec.optional]

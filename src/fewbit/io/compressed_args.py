@@ -3,6 +3,7 @@
     weights               layout                   held as
     int 1-8 bits          pack-quantized           group, channel; symmetric or with integer zeros
     int8, input int8      int-quantized            channel, tensor
+    int < 8, input int8   int-quantized            group, channel; a byte for each weight (W4A8)
     E4M3                  naive-quantized          tensor, channel, block
     E4M3, input E4M3      float-quantized          the same; inputs per token, tensor, group; static
     E2M1 x E4M3 per 16    nvfp4-pack-quantized     NVFP4A16: weights alone
@@ -153,16 +154,12 @@ def refuse_input(format: Format, activation: Activation) -> str | None:
         )
     if plain_steps(own) is None or plain_steps(format) is None:
         return f"inputs of {own} are not written there"
-    if (
-        isinstance(format.grid, Int) != isinstance(own.grid, Int)
-        or own.grid.bits != 8
-        or format.grid.bits != 8
-    ):
+    if isinstance(format.grid, Int) != isinstance(own.grid, Int) or own.grid.bits != 8:
         return f"weights in {format.grid.name} with inputs in {own.grid.name} are not written there"
-    if isinstance(format.grid, Int) and type(format.block) not in (Channel, PerTensor):
-        return (
-            f"int8 weights with int8 inputs have one step per channel or tensor there, not per {format.block}"
-        )
+    steps = (Channel, PerTensor) if format.grid.bits == 8 else (Channel, Group)
+    if isinstance(format.grid, Int) and type(format.block) not in steps:
+        kinds = "channel or tensor" if format.grid.bits == 8 else "group or channel"
+        return f"int weights with int8 inputs have one step per {kinds} there, not per {format.block}"
     if not isinstance(own.grid, Int) and own.grid != E4M3:
         return f"FP8 inputs are e4m3fn there, not {own.grid.name}"
     if activation.static:

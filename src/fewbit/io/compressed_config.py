@@ -117,6 +117,11 @@ def caveats(
         out.append("vLLM has kernels for FP8 blocks of 128 x 128 only")
     if any(type(a.format.block) is PerTensor and not a.static for a in inputs.values()):
         out.append("vLLM finds steps of inputs per token, not one per call")
+    whole = [f for m, f in formats.items() if isinstance(f.grid, Int) and m in inputs]
+    if any(f.grid.bits < 8 for f in whole):
+        out.append("weights of less than 8 bits take a byte each there when inputs are quantized")
+    if any(f.grid.bits not in (4, 8) or f.zero is not Zero.NONE for f in whole):
+        out.append("vLLM reads symmetric weights of 4 or 8 bits with int8 inputs")
     schemes = {m: json.dumps(_scheme(f, inputs.get(m))) for m, f in formats.items()}
     for parts in _FUSED:
         for parent in {m.rpartition(".")[0] for m in formats if m.rpartition(".")[2] in parts}:

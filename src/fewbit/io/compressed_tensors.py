@@ -4,8 +4,8 @@
     ("pack-quantized")     X.weight_scale       float [out, groups]             x = (q - z) * s
                            X.weight_zero_point  int32 [ceil(out * b / 32), groups], packed down the columns
                            X.weight_shape       int64 [2] = out, in
-    int8, inputs too       X.weight             int8 [out, in]
-    ("int-quantized")      X.weight_scale       float [out, 1] or [1]
+    integers, inputs too   X.weight             int8 [out, in], a byte also for fewer bits (W4A8)
+    ("int-quantized")      X.weight_scale       float [out, groups] or [1]
                            X.weight_zero_point  int8, of the same shape
     FP8 E4M3 weights       X.weight             float8_e4m3fn [out, in]
     ("naive-", "float-")   X.weight_scale       float [1], [out, 1] or [out / r, in / c]
@@ -42,7 +42,7 @@ from fewbit.format.named import BF16, E8M0
 from fewbit.format.qtensor import QTensor
 from fewbit.grid.integer import Int
 from fewbit.io.base import TensorInfo
-from fewbit.io.compressed_args import E4M3, layout_of
+from fewbit.io.compressed_args import E4M3, NVFP4, PACKED, layout_of
 from fewbit.io.compressed_config import (
     QUANT_METHOD,
     caveats,
@@ -172,19 +172,34 @@ def _steps(q: QTensor) -> dict[str, Tensor]:
 
 
 def _signed(grid: Int, codes: Tensor) -> Tensor:
-    """int8 codes; unsigned ones move down by 128."""
-    return codes if grid.signed else (codes.to(torch.int16) - 128).to(torch.int8)
+    """int8 codes of b bits; unsigned ones move down by 2^(b-1)."""
+    return codes if grid.signed else (codes.to(torch.int16) - 2 ** (grid.bits - 1)).to(torch.int8)
+
+
+def _codes(grid: Int, tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
+    """Inverse of ``_signed`` for the tensor ``name``, whose numbers must fit into the grid's bits."""
+    stored = take(tensors, name, shape, torch.int8).to(torch.int16) + 2 ** (grid.bits - 1)
+    if stored.numel() and not 0 <= int(stored.min()) <= int(stored.max()) < 2**grid.bits:
+        raise InputError(f"{name} holds numbers of more than {grid.bits} bits; the file is damaged")
+    return grid.from_unsigned(stored)
 
 
 def names(
-    module: str, format: Format, shape: Shape, apart: None = None, ordered: bool = False, *, activation=None
+    module: str,
+    format: Format,
+    shape: Shape,
+    apart: None = None,
+    ordered: bool = False,
+    *,
+    activation: Activation | None = None,
+    packed: bool = False,
 ) -> list[str]:
-    """Names of the tensors that hold a weight in ``format``; activation: how the input is quantized."""
-    layout = layout_of(format, activation)
+    """Names of the tensors that hold a weight in ``format``; activation: how the input is quantized; packed:
+    the file has a ``weight_packed``, which is also allowed for integers with inputs.
+    """
+    layout = PACKED if packed and isinstance(format.grid, Int) else layout_of(format, activation)
     parts = ["weight_scale", "weight_packed" if "pack" in layout else "weight"]
-    parts += {"pack-quantized": ["weight_shape"], "nvfp4-pack-quantized": ["weight_global_scale"]}.get(
-        layout, []
-    )
+    parts += {PACKED: ["weight_shape"], NVFP4: ["weight_global_scale"]}.get(layout, [])
     parts += ["weight_zero_point"] if format.zero is Zero.INTEGER else []
     return [f"{module}.{part}" for part in parts]
 
@@ -203,10 +218,9 @@ def from_dict(module: str, tensors: Mapping[str, Tensor], format: Format, shape:
         scale = _plain(module, tensors, format, shape)
     if name in tensors:
         if isinstance(format.grid, Int):
-            codes = format.grid.from_unsigned(take(tensors, name, shape, torch.int8).to(torch.int16) + 128)
+            codes = _codes(format.grid, tensors, name, shape)
             if format.zero is Zero.INTEGER:
-                stored = take(tensors, f"{name}_zero_point", blocks or (1,), torch.int8)
-                zero = format.grid.from_unsigned(stored.reshape(blocks).to(torch.int16) + 128)
+                zero = _codes(format.grid, tensors, f"{name}_zero_point", blocks or (1,)).reshape(blocks)
         else:
             codes = take(tensors, name, shape, torch.float8_e4m3fn).view(torch.uint8)
     elif plain_steps(format) is None:
