@@ -69,7 +69,7 @@ def from_plain(data: object, classes: Sequence[type] = FORMAT_CLASSES) -> object
     cls = by_type.get(data.get("type"))
     if cls is None:
         raise InputError(
-            f"unknown type {data.get('type')!r} in a saved recipe or format; known are "
+            f"unknown type {data.get('type')!r:.60} in a saved recipe or format; known are "
             f"{', '.join(sorted(by_type))}"
         )
     hints = typing.get_type_hints(cls, localns=by_type)
@@ -77,7 +77,7 @@ def from_plain(data: object, classes: Sequence[type] = FORMAT_CLASSES) -> object
     unknown = sorted(set(data) - known - {"type"})
     if unknown:
         raise InputError(
-            f"{cls.__name__} has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}"
+            f"{cls.__name__} has no field {unknown[0]!r:.60}; its fields are {', '.join(sorted(known))}"
         )
     fields = {k: _coerce(v, hints[k], classes) for k, v in data.items() if k != "type"}
     try:

@@ -71,5 +71,5 @@ def by_name(name: str) -> Grid:
     if grid is None:
         near = difflib.get_close_matches(key, [*_BY_NAME, *ALIASES], n=5, cutoff=0.5)
         remedy = f"did you mean {', '.join(near)}?" if near else "`fewbit formats` lists them"
-        raise InputError(f"there is no grid named {name!r}; {remedy}")
+        raise InputError(f"there is no grid named {name!r:.60}; {remedy}")
     return grid

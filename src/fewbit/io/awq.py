@@ -29,7 +29,7 @@ from fewbit.format.qtensor import QTensor
 from fewbit.grid import by_name
 from fewbit.grid.integer import Int
 from fewbit.io.base import TensorInfo
-from fewbit.io.native import Entry, Shape
+from fewbit.io.entry import Entry, Shape
 from fewbit.io.parts import STEPS, as_dtype, from_words, info, plain_steps, take, to_words
 
 quant_method = "awq"
@@ -114,8 +114,8 @@ def entries(config: Mapping, infos: Mapping[str, TensorInfo], read: Callable) ->
     bits, version = (config.get(a, config.get(b)) for a, b in (("bits", "w_bit"), ("version", "version")))
     if str(version or "gemm").lower() != "gemm" or bits != 4:
         raise InputError(
-            f"this AWQ checkpoint has {bits} bits in the layout {version!r}, which is not read; use one of 4 "
-            'bits as "gemm"'
+            f"this AWQ checkpoint has {bits!r:.40} bits in the layout {version!r:.40}, which is not read; "
+            'use one of 4 bits as "gemm"'
         )
     modules = [n.removesuffix(".qweight") for n in infos if n.endswith(".qweight")]
     if not modules:
@@ -169,8 +169,9 @@ def _entry(module: str, config: Mapping, infos: Mapping[str, TensorInfo]) -> Ent
     whole = rows == 8 * packed and zeros == (groups, packed) and columns % groups == 0
     if not whole or wanted not in (size, -1) or (wanted == -1 and groups > 1):
         raise InputError(
-            f"the tensors of {module} fit no AWQ layout of groups of {wanted} (qweight {[columns, packed]}, "
-            f"qzeros {list(zeros)}, scales {[groups, rows]}); configuration and file do not belong together"
+            f"the tensors of {module} fit no AWQ layout of groups of {wanted!r:.40} (qweight "
+            f"{[columns, packed]}, qzeros {list(zeros)}, scales {[groups, rows]}); configuration and "
+            "file do not belong together"
         )
     block = Channel() if wanted == -1 else Group(size)
     return Entry(format=_format(block, steps.dtype), shape=(rows, columns))

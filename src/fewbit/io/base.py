@@ -149,4 +149,5 @@ def content_hash(parts: Iterable[tuple[str, Path, int]]) -> str:
 
 def first_line(error: Exception) -> str:
     """What another library said, as part of a sentence of ours."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    said = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    return said if len(said) <= 160 else f"{said[:160]}..."

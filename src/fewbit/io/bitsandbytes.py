@@ -38,8 +38,8 @@ from fewbit.format.qtensor import QTensor
 from fewbit.grid import by_name
 from fewbit.grid.integer import Int
 from fewbit.grid.table import FP4_BNB, NF4
-from fewbit.io.base import TensorInfo
-from fewbit.io.native import Entry, Shape
+from fewbit.io.base import TensorInfo, first_line
+from fewbit.io.entry import Entry, Shape
 from fewbit.io.parts import info, plain_steps, take
 
 quant_method = "bitsandbytes"
@@ -170,6 +170,8 @@ def entries(config: Mapping, infos: Mapping[str, TensorInfo], read: Callable) ->
     found = {}
     if config.get("load_in_8bit"):
         threshold = config.get("llm_int8_threshold", _THRESHOLD)
+        if not isinstance(threshold, int | float) or not 0 <= threshold < math.inf:
+            raise InputError(f"llm_int8_threshold {threshold!r:.40} is no number of 0 or more; correct it")
         for name in (n for n in infos if n.endswith(".SCB")):
             module = name.removesuffix(".SCB")
             shape = info(infos, f"{module}.weight", 2, torch.int8).shape
@@ -182,14 +184,16 @@ def entries(config: Mapping, infos: Mapping[str, TensorInfo], read: Callable) ->
         )
     for name, raw in read(states).items():
         module, _, kind = name.partition(f".weight.{STATE}")
-        found[module] = _entry(name, kind, raw, infos)
+        found[module] = _entry(name, module, kind, raw, infos)
     if not found:
         raise InputError("this checkpoint says bitsandbytes but holds no quantized tensor; it is incomplete")
     return found
 
 
-def _entry(name: str, kind: str, raw: Tensor, infos: Mapping[str, TensorInfo]) -> Entry:
+def _entry(name: str, module: str, kind: str, raw: Tensor, infos: Mapping[str, TensorInfo]) -> Entry:
     try:
+        if f"{module}.weight" not in infos or raw.dtype != torch.uint8:
+            raise ValueError("a state of bytes belongs to a weight")
         state = json.loads(bytes(raw.tolist()).decode())
         shape = tuple(int(n) for n in state["shape"])
         double = "nested_blocksize" in state
@@ -198,12 +202,15 @@ def _entry(name: str, kind: str, raw: Tensor, infos: Mapping[str, TensorInfo]) -
         )
         if double and (state["nested_blocksize"] != 256 or not math.isfinite(state["nested_offset"])):
             raise ValueError("nested blocks of 256 with a finite offset are read")
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
-            f"{name} is no state that bitsandbytes writes ({type(error).__name__}: {error}); it is damaged"
+            f"{name} is no state that bitsandbytes writes ({type(error).__name__}: {first_line(error)}); it "
+            "is damaged"
         ) from None
     if len(shape) != 2 or min(shape) < 1 or fmt.block.size not in _BLOCKS:
-        raise InputError(f"{name} describes shape {list(shape)} in {fmt}, which is no matrix that is read")
+        raise InputError(f"{name} describes shape {list(shape)!r:.60} in {fmt!s:.60}: no matrix that is read")
+    if -(-math.prod(shape) // 2) != infos[f"{module}.weight"].nbytes:
+        raise InputError(f"{name} describes shape {list(shape)!r:.60}, for which its weight has other bytes")
     return Entry(format=fmt, shape=shape)
 
 
@@ -221,7 +228,7 @@ def from_dict(module: str, tensors: Mapping[str, Tensor], format: Format, shape:
     size, n = torch.Size(shape), math.prod(shape)
     get = lambda name, shape, dtype: take(tensors, f"{module}.{name}", shape, dtype)  # noqa: E731
     if isinstance(format.grid, Int):
-        if int(tensors.get(f"{module}.weight_format", torch.zeros(()))) != 0:
+        if tensors.get(f"{module}.weight_format", torch.zeros(())).any():
             raise InputError(f"{module}.weight is tiled for a GPU (weight_format is not 0); save it again")
         scale = get("SCB", (shape[0],), torch.float32)[:, None] / 127
         codes = get("weight", shape, torch.int8)

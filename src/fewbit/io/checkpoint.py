@@ -15,7 +15,6 @@ FP8. A codec is a module, or a frozen object, with the functions
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -27,15 +26,19 @@ from torch import Tensor
 
 from fewbit.errors import InputError, WriteError
 from fewbit.format.format import Format, Params
-from fewbit.format.qtensor import QTensor
+from fewbit.format.qtensor import QTensor, value_of
 from fewbit.format.split import SplitTensor
 from fewbit.io import awq, bitsandbytes, compressed_tensors, fp8, gptq, inputs, native
-from fewbit.io.native import Entry
+from fewbit.io.base import check_finite, first_line
+from fewbit.io.entry import Entry
+from fewbit.io.files import check_name, read_json
 from fewbit.io.ordered import OrderedTensor
 from fewbit.io.sites import SiteEntry
 from fewbit.io.source import SafetensorsSource, TensorInfo
 from fewbit.nn.sites import Quantizer
 
+# What a configuration of other types than those that are expected raises.
+BROKEN = (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, re.error)
 CODECS = {
     native.QUANT_METHOD: native,
     compressed_tensors.QUANT_METHOD: compressed_tensors,
@@ -51,7 +54,7 @@ def codec_of(config: Mapping, name: str):
     method = config.get("quant_method")
     if not isinstance(method, str) or method not in CODECS:
         raise InputError(
-            f"{name} is quantized with {method!r}, which is not read; give the unquantized model, or a "
+            f"{name} is quantized with {method!r:.60}, which is not read; give the unquantized model, or a "
             f"checkpoint of {', '.join(CODECS)}"
         )
     return gptq.of_config(config) if method == "gptq" else CODECS[method]
@@ -67,11 +70,12 @@ def open_folder(folder: Path, name: str) -> SafetensorsSource:
 
 def _quantization_config(folder: Path) -> dict:
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # SafetensorsSource says what is wrong with it, in its own words
-    return config.get("quantization_config") or {} if isinstance(config, dict) else {}
+    found = (read_json(path).get("quantization_config") if path.is_file() else None) or {}
+    if not isinstance(found, dict):
+        raise InputError(
+            f"the quantization_config of {folder} is {found!r:.60} and no object; get the checkpoint again"
+        )
+    return found
 
 
 class Checkpoint(SafetensorsSource):
@@ -91,11 +95,21 @@ class Checkpoint(SafetensorsSource):
             )
         except InputError:
             raise
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError, re.error) as error:
+        except (
+            KeyError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            IndexError,
+            OverflowError,
+            re.error,
+        ) as error:
             raise InputError(
-                f"the quantization_config of {name} is broken ({type(error).__name__}: {error}); it is no "
-                f"{self.quantization_config['quant_method']} configuration, get the checkpoint again"
+                f"the quantization_config of {name} is broken ({type(error).__name__}: {first_line(error)}); "
+                f"it is no {self.quantization_config['quant_method']} configuration, get the checkpoint again"
             ) from error
+        for module in self.entries:
+            check_name(module, name)
         self.sites: tuple[SiteEntry, ...] = ()
         if self._codec is native:
             self.sites = native.sites_from_config(self.quantization_config)
@@ -115,9 +129,17 @@ class Checkpoint(SafetensorsSource):
         return (bits + 8 * sum(s.nbytes for s in self.sites)) / sum(n.values())
 
     def read_qtensor(self, module: str) -> QTensor | SplitTensor | OrderedTensor:
-        """The quantized weight [out, in] of ``module``, on the CPU. KeyError where there is none."""
+        """The quantized weight [out, in] of ``module``, on the CPU. KeyError where there is none.
+
+        Raises ``InputError`` for steps or zeros that are NaN or infinite.
+        """
         stored = super().read(self._parts[module])
-        return self._codec.from_dict(module, stored, *self.entries[module].stored)
+        found = self._codec.from_dict(module, stored, *self.entries[module].stored)
+        q = found if isinstance(found, QTensor) else found.rest
+        for part, what in ((q.scale, "the steps"), (q.zero, "the zeros")):
+            if part is not None:
+                check_finite(f"{module} ({what})", value_of(part))
+        return found
 
     def read_apart(self, module: str) -> Tensor | None:
         """Which columns of the weight of ``module`` are kept apart in float, [k] int64; None where none."""

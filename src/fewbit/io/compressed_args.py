@@ -29,6 +29,7 @@ from fewbit.format.named import E4M3_OVER_FP32, E8M0, FP32, mx, nvfp4
 from fewbit.grid import by_name
 from fewbit.grid.integer import Int
 from fewbit.io.parts import STEPS, plain_steps
+from fewbit.io.typed import MOST
 
 PACKED, BYTES = "pack-quantized", "int-quantized"
 NAIVE, FLOATS = "naive-quantized", "float-quantized"
@@ -85,6 +86,8 @@ def format_of(args: Mapping, layout: str | None, steps: torch.dtype) -> Format |
     """The Format of a weight; None where it is not read. steps: dtype of its ``weight_scale``."""
     bits, kind = args.get("num_bits", 8), args.get("type", "int")
     symmetric, size = args.get("symmetric", True), args.get("group_size")
+    if not isinstance(symmetric, bool):
+        return None
     if kind == "float" and layout in (NVFP4, MXFP4, MXFP6, MXFP8):
         wide = {NVFP4: nvfp4(), MXFP4: mx("e2m1"), MXFP6: mx("e2m3"), MXFP8: mx("e4m3fn")}[layout]
         stored = torch.float8_e4m3fn if layout == NVFP4 else torch.uint8
@@ -94,7 +97,7 @@ def format_of(args: Mapping, layout: str | None, steps: torch.dtype) -> Format |
     fits = layout in ((PACKED, BYTES) if kind == "int" else (NAIVE, FLOATS))
     if block is None or steps not in STEPS or not fits or not (kind == "int" or (bits == 8 and symmetric)):
         return None
-    if kind == "int" and not 1 <= bits <= 8:
+    if kind == "int" and not (isinstance(bits, int) and 1 <= bits <= 8):
         return None
     return Format(
         grid=Int(bits) if kind == "int" else E4M3,
@@ -175,6 +178,8 @@ def refuse_input(format: Format, activation: Activation) -> str | None:
 def _block(args: Mapping) -> Block | None:
     size, shape = args.get("group_size"), args.get("block_structure")
     strategy = args.get("strategy") or ("tensor" if size is None else "channel")
+    if size is not None and not (isinstance(size, int) and size < MOST):
+        return None
     if size and size > 0:
         return Group(size)
     if strategy == "block":

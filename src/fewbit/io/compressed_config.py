@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -206,10 +206,10 @@ def schemes_from_config(
             )
         if group.get("output_activations"):
             raise InputError("this compressed-tensors checkpoint quantizes outputs, which is not read")
+    named, patterns = _targets(groups)
     out = {}
     for module, dtype in modules.items():
-        group = next((g for g in groups if any(_matches(module, t) for t in g.get("targets", ()))), None)
-        group = group or next((g for g in groups if "Linear" in g.get("targets", ())), None)
+        group = named.get(module) or next((g for p, g in patterns if p.match(module)), named.get("Linear"))
         if group is None:
             raise InputError(f"{module} is quantized in this checkpoint but no config group names it")
         fmt = _format(group, dtype, config)
@@ -217,8 +217,30 @@ def schemes_from_config(
     return out
 
 
-def _matches(module: str, target: str) -> bool:
-    return bool(re.match(target[3:], module)) if target.startswith("re:") else module == target
+def _targets(groups: Sequence[Mapping]) -> tuple[dict[str, Mapping], list[tuple[re.Pattern, Mapping]]]:
+    """Groups by the modules and classes that they name, and by their patterns.
+
+    A pattern comes from a file, and Python's can take a time exponential in the length of a name: repeated
+    groups and more than four open repeats, with which that happens, are refused.
+    """
+    named, patterns = {}, []
+    for group in groups:
+        targets = group.get("targets", [])
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise InputError(f"the targets of a config group are {targets!r:.60}, no names; they are broken")
+        for target in targets:
+            if not target.startswith("re:"):
+                named.setdefault(target, group)
+                continue
+            if re.search(r"[)][*+{]", target) or len(re.findall(r"[*+{]", target)) > 4 or len(target) > 2000:
+                raise InputError(
+                    f"the pattern {target!r:.60} of this compressed-tensors checkpoint repeats groups, or "
+                    "more than four times, which can take forever; name the modules instead"
+                )
+            patterns.append((re.compile(target[3:]), group))
+    if len(patterns) > 256:
+        raise InputError(f"this compressed-tensors checkpoint has {len(patterns)} patterns; 256 are read")
+    return named, patterns
 
 
 def _format(group: Mapping, dtype: torch.dtype, config: Mapping) -> Format:
@@ -229,9 +251,9 @@ def _format(group: Mapping, dtype: torch.dtype, config: Mapping) -> Format:
         size = weights.get("group_size")
         strategy = weights.get("strategy") or ("tensor" if size is None else "channel")
         raise InputError(
-            f"this compressed-tensors checkpoint holds {weights.get('num_bits', 8)}-bit "
-            f"{weights.get('type', 'int')} weights per {strategy} as {layout} (actorder "
-            f"{weights.get('actorder')}), which is not read; docs/checkpoints.md lists what is"
+            f"this compressed-tensors checkpoint holds {weights.get('num_bits', 8)!r:.20}-bit "
+            f"{weights.get('type', 'int')!s:.20} weights per {strategy!s:.20} as {layout!s:.40} (actorder "
+            f"{weights.get('actorder')!s:.20}), which is not read; docs/checkpoints.md lists what is"
         )
     return found
 
@@ -245,7 +267,8 @@ def _activation(group: Mapping, module: str, format: Format, steps: torch.dtype 
     if why:
         raise InputError(
             f"this compressed-tensors checkpoint quantizes the input of {module} to "
-            f"{args.get('num_bits', 8)}-bit {args.get('type', 'int')} per {args.get('strategy')} (dynamic "
-            f"{args.get('dynamic', False)}), which is not read: {why}"
+            f"{args.get('num_bits', 8)!r:.20}-bit {args.get('type', 'int')!s:.20} per "
+            f"{args.get('strategy')!s:.20} (dynamic {args.get('dynamic', False)!s:.20}), "
+            f"which is not read: {why}"
         )
     return found

@@ -51,7 +51,7 @@ from fewbit.io.compressed_config import (
     refusal,
     schemes_from_config,
 )
-from fewbit.io.native import Entry, Shape
+from fewbit.io.entry import Entry, Shape
 from fewbit.io.parts import info, missing, plain_steps, spread, take
 
 __all__ = [
@@ -91,10 +91,14 @@ def entries(config: Mapping, infos: Mapping[str, TensorInfo], read: Callable) ->
 def _shape(module: str, format: Format, infos: Mapping[str, TensorInfo], packed: Tensor | None) -> Shape:
     """[out, in] of a module: as its own tensor says, or from the packed bytes."""
     if packed is not None:
-        take({"": packed}, "", (2,), torch.int64, torch.int32)
-        return tuple(packed.tolist())
+        name = f"{module}.weight_shape"
+        shape = tuple(take({name: packed}, name, (2,), torch.int64, torch.int32).tolist())
+        words = info(infos, f"{module}.weight_packed", 2, torch.int32).shape
+        if shape[0] != words[0] or not 0 < shape[1] <= words[1] * 32:
+            raise InputError(f"{name} says {list(shape)}, which {list(words)} packed words do not hold")
+        return shape
     if f"{module}.weight" in infos:
-        return infos[f"{module}.weight"].shape
+        return info(infos, f"{module}.weight", 2, torch.int8, torch.float8_e4m3fn).shape
     if format.grid.bits not in (4, 6) or plain_steps(format) is not None:
         raise missing(f"{module}.weight_shape")
     rows, columns = info(infos, f"{module}.weight_packed", 2, torch.uint8).shape
@@ -246,7 +250,11 @@ def _nested(module: str, tensors: Mapping[str, Tensor], format: Format, blocks: 
     kind = torch.uint8 if format.scale == E8M0 else torch.float8_e4m3fn
     codes, outer = take(tensors, f"{module}.weight_scale", blocks, kind).view(torch.uint8), None
     if kind != torch.uint8:
-        outer = 1 / take(tensors, f"{module}.weight_global_scale", (1,), torch.float32)[0]
+        name = f"{module}.weight_global_scale"
+        inverse = take(tensors, name, (1,), torch.float32)[0]
+        if not 0 < inverse < math.inf:
+            raise InputError(f"{name} is {float(inverse)}, which nothing can be divided by; it is damaged")
+        outer = 1 / inverse
     return QTensor(codes=codes, scale=outer, zero=None, format=format.scale, shape=torch.Size(blocks))
 
 

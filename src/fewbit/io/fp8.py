@@ -33,7 +33,7 @@ from fewbit.format.named import FP32
 from fewbit.format.qtensor import QTensor
 from fewbit.grid import by_name
 from fewbit.io.base import TensorInfo
-from fewbit.io.native import Entry, Shape
+from fewbit.io.entry import Entry, Shape
 from fewbit.io.parts import STEPS, as_dtype, info, plain_steps, spread, take
 
 quant_method = "fp8"
@@ -126,8 +126,8 @@ def entries(config: Mapping, infos: Mapping[str, TensorInfo], read: Callable) ->
     )
     if not usual or config.get("scale_fmt", "float") != "float" or config.get("fmt", "e4m3") != "e4m3":
         raise InputError(
-            f"this FP8 checkpoint has tiles {size}, fmt {config.get('fmt')!r} and scale_fmt "
-            f"{config.get('scale_fmt')!r}; read is e4m3 with float steps per tile or tensor"
+            f"this FP8 checkpoint has tiles {size!r:.40}, fmt {config.get('fmt')!r:.40} and scale_fmt "
+            f"{config.get('scale_fmt')!r:.40}; read is e4m3 with float steps per tile or tensor"
         )
     static, found = config.get("activation_scheme") == "static", {}
     for name in (n for n in infos if n.endswith(f".{_STEP}")):

@@ -71,7 +71,7 @@ class GgufSource(Source):
         self.architecture = str(self.container.metadata.get("general.architecture", "none"))
         if self.architecture not in ARCHITECTURES:
             raise InputError(
-                f"{name} is a GGUF of architecture {self.architecture!r}; supported are "
+                f"{name} is a GGUF of architecture {self.architecture!r:.60}; supported are "
                 f"{', '.join(ARCHITECTURES)}; give the safetensors checkpoint of this model instead."
             )
         self._stored: dict[str, Stored] = {}

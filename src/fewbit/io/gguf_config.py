@@ -111,7 +111,9 @@ class _Reader:
                 "rope_theta": theta,
                 "factor": float(self._key("rope.scaling.factor")),
             }
-        raise InputError(f"{self.name} uses rope scaling {kind!r}; none, linear and llama3 are supported.")
+        raise InputError(
+            f"{self.name} uses rope scaling {kind!r:.60}; none, linear and llama3 are supported."
+        )
 
     def _llama3_rope(self, theta: float) -> dict:
         """Llama 3.1's rule, from a table of what each frequency is divided by.

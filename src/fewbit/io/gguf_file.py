@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewbit.errors import InputError
+from fewbit.io.files import check_name
 
 # Metadata type id -> struct letter, for the types that are one number.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -94,6 +95,7 @@ class _Header:
         start = -(-self.at // align) * align
         tensors = {}
         for name, shape, kind, offset in found:
+            check_name(name, path)
             if kind not in iter(GGMLQuantizationType):
                 raise InputError(
                     f"Tensor {name} in {path} has the unknown type {kind}; update the package gguf."
@@ -131,7 +133,9 @@ class _Header:
             return self.string()
         if kind == ARRAY:
             kind, count = self.take("I"), self.take("Q")
-            if kind in (STRING, ARRAY):
+            if kind == ARRAY:
+                raise struct.error("arrays of arrays, which no key has and which take more memory than bytes")
+            if kind == STRING:
                 return [self.value(kind) for _ in range(count)]
             letter = self._letter(kind).replace("?", "B")
             start, self.at = self.at, self.at + count * struct.calcsize("<" + letter)

@@ -19,6 +19,7 @@ WORDS = (
 SPLITS = {"qwen2": WORDS.format(r"\p{N}"), "llama-bpe": WORDS.format(r"\p{N}{1,3}")}
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 BYTE_LEVEL = ("gpt-2", "gpt2", *SINGLE_DIGITS, *SPLITS)
+LONGEST = 1024  # characters of a token: the ways to cut it grow with the square
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # token types of the file
 
 
@@ -41,7 +42,7 @@ def build_tokenizer(metadata: Mapping, name: str):
         core = _sentencepiece(metadata, tokens)
     else:
         raise InputError(
-            f"{name} has a tokenizer of kind {kind!r}; gpt2 (byte-level BPE) and llama are supported."
+            f"{name} has a tokenizer of kind {kind!r:.60}; gpt2 (byte-level BPE) and llama are supported."
         )
 
     types = metadata.get("tokenizer.ggml.token_type", [])
@@ -83,7 +84,7 @@ def _byte_level(metadata: Mapping, tokens: list[str], name: str):
     rule = metadata.get("tokenizer.ggml.pre", "none")
     if rule not in BYTE_LEVEL:
         raise InputError(
-            f"{name} cuts its text by the rule {rule!r}; supported are {', '.join(BYTE_LEVEL)}; "
+            f"{name} cuts its text by the rule {rule!r:.60}; supported are {', '.join(BYTE_LEVEL)}; "
             "give the safetensors checkpoint of this model instead."
         )
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
@@ -139,6 +140,9 @@ def merges_from_scores(tokens: list[str], scores: list[float]) -> list[tuple[str
     Among joins of the same piece, the one whose left part is the more frequent piece comes first.
     """
     vocab = {token: i for i, token in enumerate(tokens)}
+    longest = max(map(len, tokens))
+    if longest > LONGEST:
+        raise InputError(f"a token of {longest} characters is none; the file is damaged, get it again.")
     merges = []
     for token, score in zip(tokens, scores, strict=True):
         ways = []

@@ -36,7 +36,7 @@ from fewbit.format.qtensor import QTensor
 from fewbit.grid import by_name
 from fewbit.grid.integer import Int
 from fewbit.io.base import TensorInfo
-from fewbit.io.native import Entry, Shape
+from fewbit.io.entry import Entry, Shape
 from fewbit.io.ordered import OrderedTensor, order_of
 from fewbit.io.parts import STEPS, as_dtype, from_words, info, plain_steps, take, to_words
 
@@ -231,7 +231,7 @@ def of_config(config: Mapping) -> Gptq:
     kind = config.get("checkpoint_format") or "gptq"
     if kind not in ("gptq", "gptq_v2"):
         raise InputError(
-            f"this GPTQ checkpoint has the layout {kind!r}, which is not read; use gptq or gptq_v2"
+            f"this GPTQ checkpoint has the layout {kind!r:.60}, which is not read; use gptq or gptq_v2"
         )
     return V2 if kind == "gptq_v2" else V1
 
@@ -273,8 +273,9 @@ def _entry(module: str, config: Mapping, infos: Mapping[str, TensorInfo]) -> Ent
         config.get("bits", bits) != bits or config.get("group_size", size) not in (size, -1, None)
     ):
         raise InputError(
-            f"{module} has {bits} bits in groups of {size}, but the configuration says {config.get('bits')} "
-            f"bits and group_size {config.get('group_size')}; they do not belong together"
+            f"{module} has {bits} bits in groups of {size}, but the configuration says "
+            f"{config.get('bits')!r:.40} bits and group_size {config.get('group_size')!r:.40}; "
+            "they do not belong together"
         )
     block = Channel() if groups == 1 and config.get("group_size", -1) in (-1, None) else Group(size)
     symmetric = bool(config.get("sym", True))

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fewbit.errors import InputError
 from fewbit.format.activation import Activation
 from fewbit.format.affine import NATIVE
 from fewbit.format.format import Params, Zero
@@ -28,6 +29,9 @@ def layout(activation: Activation | None, columns: int) -> dict[str, tuple[tuple
     if activation is None or not activation.static:
         return {}
     fmt = activation.format
+    if fmt.scale.grid.name not in NATIVE:
+        raise InputError(f"static steps of inputs are plain floats in a file, not {fmt.scale!s:.60}")
+    fmt.block.check((1, columns), "an input")
     shape = fmt.block.scale_shape((1, columns)) or (1,)
     out = {"input_scale": (shape, NATIVE[fmt.scale.grid.name])}
     if fmt.zero is not Zero.NONE:
@@ -60,5 +64,12 @@ def from_dict(
     if activation.centred:
         return Params(scale=None, zero=zero)
     shape = activation.format.block.scale_shape((1, columns))
+    for name, (stored, _) in wanted.items():
+        got = tensors[f"{module}.{name}"]
+        if got.numel() != math.prod(stored) or not torch.isfinite(got.float()).all():
+            raise InputError(
+                f"{module}.{name} has shape {list(got.shape)} instead of {list(stored)}, or is not finite; "
+                "the checkpoint is damaged, get it again"
+            )
     scale = tensors[f"{module}.input_scale"].reshape(shape)
     return Params(scale=scale, zero=None if zero is None else zero.reshape(shape))

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fewbit.errors import InputError
+from fewbit.io.base import first_line
 from fewbit.io.checkpoint import Checkpoint
 from fewbit.io.shell import linear_of
 from fewbit.io.skeleton import build_skeleton, materialize, parameter_map
@@ -71,5 +73,12 @@ def _generation_config(model: nn.Module, source: Source) -> None:
     from transformers import GenerationConfig
 
     with tempfile.TemporaryDirectory() as folder:
-        if "generation_config.json" in source.companions(Path(folder)):
+        if "generation_config.json" not in source.companions(Path(folder)):
+            return
+        try:
             model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"transformers cannot use the generation_config.json of {source.name} ({first_line(error)}); "
+                "correct or remove it."
+            ) from error

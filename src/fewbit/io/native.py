@@ -28,66 +28,28 @@ Road not taken: a file per engine's kernel layout. Kernels repack when they load
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
-from fewbit.format.activation import Activation
 from fewbit.format.bits import pack, row_bytes, unpack
-from fewbit.format.codec import FORMAT_CLASSES, from_plain, to_plain
+from fewbit.format.codec import from_plain, to_plain
 from fewbit.format.format import Format, Zero
 from fewbit.format.qtensor import QTensor
 from fewbit.format.split import Apart, SplitTensor
 from fewbit.grid.grid import Grid
-from fewbit.io import inputs
+from fewbit.io.base import TensorInfo, first_line
+from fewbit.io.entry import CLASSES, Entry, Shape
+from fewbit.io.files import check_name
 from fewbit.io.ordered import OrderedTensor
 from fewbit.io.sites import SiteEntry, from_config, to_config
-from fewbit.transform import Hadamard, Kronecker, Map
 
-CLASSES = (*FORMAT_CLASSES, Apart, Hadamard, Kronecker)  # what a configuration may name
 QUANT_METHOD = "fewbit"
 optional, input_names = (), {}
 VERSION = 1
 _NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """What the configuration says of a quantized module: Format, shape [out, in], layout, input, columns
-    kept apart.
-    """
-
-    format: Format
-    shape: Shape
-    transposed: bool = False
-    activation: Activation | None = None
-    online: Map | None = None
-    output: Map | None = None
-    apart: Apart | None = None
-    ordered: bool = False
-
-    @property
-    def stored(self) -> tuple:
-        """Format, shape and, where there are any, columns apart or in another order: what ``from_dict`` and
-        ``names`` ask.
-        """
-        if self.ordered:
-            return (self.format, self.shape, self.apart, True)
-        return (self.format, self.shape) if self.apart is None else (self.format, self.shape, self.apart)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight; columns kept apart, and static steps or means of the input, counted."""
-        bits = inputs.bits(self.activation, self.shape[1])
-        bits += 0 if self.apart is None else self.apart.bits(self.shape[0])
-        bits += 32 * self.shape[1] if self.ordered else 0
-        return self.format.bits_per_weight(self.shape) + bits / math.prod(self.shape)
 
 
 # -- tensors --
@@ -124,18 +86,20 @@ def from_dict(
                 f"the checkpoint has no tensor {module}.{name}, which {format} needs; it is incomplete"
             )
         if tuple(tensor.shape) != stored or tensor.dtype != dtype:
-            raise InputError(
-                f"tensor {module}.{name} is {_say(tensor.shape, tensor.dtype)}, but a weight of shape "
-                f"{list(shape)} in {format} has {_say(stored, dtype)} there; configuration and file do not "
-                "belong together"
-            )
+            raise _other(f"{module}.{name}", tensor, (stored, dtype), format, shape)
         got[name] = tensor
     q = _unpack_all(got, format, torch.Size(shape), "")
     if ordered:
-        return OrderedTensor(rest=q, order=got["order"].long())
+        order = got["order"].long()
+        if not torch.equal(order.sort().values, torch.arange(shape[1])):
+            raise InputError(f"{module}.order does not list each of {shape[1]} columns once; it is damaged")
+        return OrderedTensor(rest=q, order=order)
     if apart is None:
         return q
-    return SplitTensor(rest=q, apart=got["apart"], columns=got["apart_columns"].long())
+    columns = got["apart_columns"].long()
+    if columns.min() < 0 or columns.max() >= shape[1] or (columns.diff() < 1).any():
+        raise InputError(f"{module}.apart_columns are no ascending columns below {shape[1]}; it is damaged")
+    return SplitTensor(rest=q, apart=got["apart"], columns=columns)
 
 
 def names(
@@ -224,7 +188,10 @@ def _pack(grid: Grid, codes: Tensor) -> Tensor:
 
 
 def _unpack(grid: Grid, packed: Tensor, shape: Shape) -> Tensor:
-    return grid.from_unsigned(unpack(packed, grid.bits, shape[-1] if shape else 1)).reshape(shape)
+    fields = unpack(packed, grid.bits, shape[-1] if shape else 1)
+    if fields.numel() and int(fields.max()) >= grid._list().stop:
+        raise InputError(f"a weight holds codes that {grid.name} does not have; the file is damaged")
+    return grid.from_unsigned(fields).reshape(shape)
 
 
 def _say(shape: Shape, dtype: torch.dtype) -> str:
@@ -250,22 +217,47 @@ def quantization_config(entries: Mapping[str, Entry], sites: Sequence[SiteEntry]
 
 
 def entries(config: Mapping, infos: Mapping | None = None, read: object = None) -> dict[str, Entry]:
-    """What a configuration says of every quantized module; it says everything."""
-    return entries_from_config(config)
+    """What a configuration says of every quantized module; it says everything.
+
+    Raises ``InputError`` where a header in ``infos`` has another shape or dtype.
+    """
+    found = entries_from_config(config)
+    for module, entry in found.items() if infos is not None else ():
+        check_name(module, "the quantization_config")
+        fmt, shape = entry.format, entry.shape
+        codes = {"codes": (_packed_shape(_codes_shape(fmt, shape), fmt.grid.bits), torch.uint8)}
+        _compare(module, codes, infos, entry)  # first: what follows takes time that grows with the shape
+        fmt.check(shape, module)
+        _compare(module, layout(fmt, shape, apart=entry.apart, ordered=entry.ordered), infos, entry)
+    return found
+
+
+def _compare(module: str, wanted: Mapping, infos: Mapping[str, TensorInfo], entry: Entry) -> None:
+    for name, (shape, dtype) in wanted.items():
+        info = infos.get(f"{module}.{name}")
+        if info is not None and (info.shape, info.dtype) != (tuple(shape), dtype):
+            raise _other(f"{module}.{name}", info, (shape, dtype), entry.format, entry.shape)
+
+
+def _other(name: str, got: TensorInfo | Tensor, wanted: tuple, format: Format, shape: Shape) -> InputError:
+    return InputError(
+        f"tensor {name} is {_say(got.shape, got.dtype)}, but a weight {list(shape)} in {format!s:.80} "
+        f"has {_say(*wanted)} there; configuration and file do not belong together"
+    )
 
 
 def entries_from_config(config: Mapping) -> dict[str, Entry]:
     """Inverse of ``quantization_config``. Raises ``InputError`` for another version or a broken one."""
     if config.get("version") != VERSION:
         raise InputError(
-            f"this checkpoint has version {config.get('version')!r} of fewbit's layout and this release "
+            f"this checkpoint has version {config.get('version')!r:.40} of fewbit's layout and this release "
             f"reads version {VERSION}; update fewbit"
         )
     try:
         formats = [from_plain(f) for f in config["formats"]]
         return {
             name: Entry(
-                format=formats[m["format"]],
+                format=formats[_index(m["format"])],
                 shape=tuple(m["shape"]),
                 transposed=m.get("transposed", False),
                 activation=from_plain(m["activation"], CLASSES) if "activation" in m else None,
@@ -276,8 +268,14 @@ def entries_from_config(config: Mapping) -> dict[str, Entry]:
             )
             for name, m in config["modules"].items()
         }
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise _broken(error) from None
+
+
+def _index(number: object) -> int:
+    if not isinstance(number, int) or number < 0:
+        raise IndexError(f"{number!r:.40} is no number of a format")
+    return number
 
 
 def sites_from_config(config: Mapping) -> tuple[SiteEntry, ...]:
@@ -292,6 +290,6 @@ def sites_from_config(config: Mapping) -> tuple[SiteEntry, ...]:
 
 def _broken(error: Exception) -> InputError:
     return InputError(
-        f"the quantization_config of this checkpoint is broken ({type(error).__name__}: {error}); expected "
-        "'formats' and 'modules', and of an encoder 'activations' and 'sites', as fewbit writes them"
+        f"this quantization_config is broken ({type(error).__name__}: {first_line(error)}); "
+        "expected 'formats' and 'modules', and of an encoder 'activations' and 'sites', as fewbit writes them"
     )

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from fewbit.format.activation import Activation
-from fewbit.format.codec import from_plain, to_plain
+from fewbit.format.codec import FORMAT_CLASSES, from_plain, to_plain
 from fewbit.io import inputs
+from fewbit.io.typed import check_types
 from fewbit.nn.sites import At, Site
 
 
@@ -66,9 +67,12 @@ def to_config(sites: Sequence[SiteEntry]) -> dict:
 def from_config(config: Mapping) -> tuple[SiteEntry, ...]:
     """Inverse of ``to_config``. Raises what broken data raises: KeyError, IndexError, TypeError..."""
     kinds = [from_plain(kind) for kind in config.get("activations", ())]
-    return tuple(
+    found = tuple(
         SiteEntry(
             site=Site(s["module"], At(s["at"])), activation=kinds[s["activation"]], columns=s["columns"]
         )
         for s in config.get("sites", ())
     )
+    for entry in found:
+        check_types(entry, FORMAT_CLASSES)
+    return found

@@ -17,16 +17,22 @@ held is not in the checkpoint.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewbit.errors import InputError
-from fewbit.io.base import Source
+from fewbit.io.base import Source, first_line
 from fewbit.io.renaming import cut_experts, expert_names, renamed
 from fewbit.nn.experts import split_experts
+
+# What constructors of transformers and torch raise for numbers that mean no model.
+WRONG = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+ROOM = 2**26  # elements of a tensor that any model may have, such as masks and tables of positions
 
 
 def build_skeleton(source: Source) -> nn.Module:
@@ -39,14 +45,15 @@ def build_skeleton(source: Source) -> nn.Module:
     import transformers
 
     config = copy.deepcopy(source.config())
-    named = (config.architectures or [None])[0]
-    cls = getattr(transformers, named, None) if named else None
-    with _weightless():
-        if cls is not None:
-            model = cls(config)
+    named = next(iter(config.architectures or ()), None)
+    cls = getattr(transformers, named, None) if isinstance(named, str) else None
+    known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    with _weightless(source):
+        if known:
+            model = _construct(cls, config, source.name)
         elif getattr(config, "auto_map", None):
             raise InputError(
-                f"{source.name} needs custom code from its repository (class {named} is not in "
+                f"{source.name} needs custom code from its repository (class {named!r:.60} is not in "
                 "transformers), which is never run; use a model that transformers supports natively."
             )
         else:
@@ -54,34 +61,80 @@ def build_skeleton(source: Source) -> nn.Module:
                 model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             except ValueError as error:
                 raise InputError(
-                    f"{source.name} is a {config.model_type} model of class {named}, which transformers "
-                    "does not have as a language model; use a causal or masked language model."
+                    f"{source.name} is a {config.model_type} model of class {named!r:.60}, which "
+                    "transformers does not have as a language model; use a causal or masked language model."
                 ) from error
         split_experts(model, expert_names(model))
     return model.eval()
 
 
+def _construct(cls: type, config, name: str) -> nn.Module:
+    """``cls(config)``; what a constructor makes of numbers that mean no model becomes one sentence."""
+    try:
+        return cls(config)
+    except InputError:
+        raise
+    except WRONG as error:
+        raise InputError(
+            f"transformers cannot build {cls.__name__} from the configuration of {name} "
+            f"({first_line(error)}); it is damaged, get it again."
+        ) from error
+
+
 @contextmanager
-def _weightless():
-    """Parameters registered inside become meta; random state and default dtype are restored afterwards."""
+def _weightless(source: Source):
+    """Parameters registered inside become meta; random state and default dtype are restored afterwards.
+
+    Raises ``InputError`` before more is allocated, and when more is registered, than the tensors of
+    ``source`` leave room for: a configuration can ask for a model of any size.
+    """
     from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    held = sum(math.prod(info.shape) for info in source.tensors().values())
+    most, seen = max(2 * held, ROOM) if held else math.inf, 0
+
+    def allow(elements: int) -> None:
+        if elements > most:
+            raise InputError(
+                f"The configuration of {source.name} asks for a model far larger than its {held} stored "
+                "weights; configuration and weights do not belong together."
+            )
 
     def to_meta(module: nn.Module, name: str, param: nn.Parameter):
         if (
             param is None or param.is_meta
         ):  # one that is meta already may be tied: it must stay the same object
             return None
+        nonlocal seen
+        seen += param.numel()
+        allow(seen)
         return nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
 
     before = torch.get_default_dtype()
     handle = register_module_parameter_registration_hook(to_meta)
     try:
         torch.set_default_dtype(torch.float32)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _Allocations(allow):
             yield
     finally:
         torch.set_default_dtype(before)
         handle.remove()
+
+
+class _Allocations(TorchDispatchMode):
+    """Shows ``allow`` the elements of every tensor that is made of numbers alone, before it is made."""
+
+    def __init__(self, allow: Callable[[int], None]):
+        super().__init__()
+        self.allow = allow
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        numbers = [a for a in args if isinstance(a, int | float)]
+        if args and isinstance(args[0], list | tuple) and all(isinstance(n, int) for n in args[0]):
+            self.allow(math.prod(args[0]))  # empty, zeros, full, rand
+        elif args and len(numbers) == len(args):  # arange: end; start, end; start, end, step
+            self.allow(int(max(map(abs, numbers))))
+        return func(*args, **(kwargs or {}))
 
 
 def parameter_map(source: Source, model: nn.Module) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -120,6 +173,14 @@ def parameter_map(source: Source, model: nn.Module) -> tuple[dict[str, str], tup
             raise InputError(
                 f"{source.name} stores {stored} with shape {list(infos[stored].shape)}, but its config "
                 f"asks for {list(slots[name].shape)}; config.json and weights do not belong together."
+            )
+        stored_as = infos[stored].dtype
+        if isinstance(slots[name], nn.Parameter) and not (
+            stored_as.is_floating_point and stored_as.itemsize > 1
+        ):
+            raise InputError(
+                f"{source.name} stores {stored} as {stored_as}, which is no float of 16 bits or more, and "
+                "says of no step that belongs to it; the checkpoint is damaged or its config.json incomplete."
             )
     ordered = {name: mapping[name] for name in slots if name in mapping}
     return ordered, tuple(unused)

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from fewbit.errors import InputError
-from fewbit.io.base import DTYPES, Cut, Source, TensorInfo, check_finite, content_hash, first_line
+from fewbit.io.base import Cut, Source, TensorInfo, check_finite, content_hash, first_line
+from fewbit.io.files import check_layers, open_weights, read_header, read_json, shard_names
 from fewbit.io.locate import PACKAGED, from_hub, is_hub_id, packaged_file
 
 __all__ = ["SafetensorsSource", "Source", "TensorInfo", "check_finite", "open_source"]
@@ -95,7 +96,9 @@ class SafetensorsSource(Source):
         self._cuts: dict[str, Cut] = {}
         self.files = self._find_files()
         for path in self.files:
-            self._read_header(path)
+            headers = read_header(path)
+            self._infos |= headers
+            self._file_of |= dict.fromkeys(headers, path)
         for tensor, shard in self._index.items():
             if self._file_of.get(tensor) != folder / shard:
                 raise InputError(
@@ -117,18 +120,19 @@ class SafetensorsSource(Source):
 
         raw = self._raw_config
         kind = raw.get("model_type")
-        if kind not in CONFIG_MAPPING:
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             if "auto_map" in raw:
                 raise InputError(
-                    f"{self.name} needs custom code from its repository (model_type {kind!r} is not in "
+                    f"{self.name} needs custom code from its repository (model_type {kind!r:.60} is not in "
                     "transformers), which is never run; use a model that transformers supports natively."
                 )
             raise InputError(
-                f"The config.json of {self.name} gives model_type {kind!r}, which this transformers "
+                f"The config.json of {self.name} gives model_type {kind!r:.60}, which this transformers "
                 "does not know; use a supported model or a newer transformers."
             )
+        check_layers(raw, self.tensors(), self.name)
         try:
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            return _own_code(AutoConfig.from_pretrained(self.folder, trust_remote_code=False))
         except Exception as error:  # every config class checks its fields in its own way
             raise InputError(
                 f"transformers cannot use the config.json of {self.name} ({first_line(error)}); correct it."
@@ -141,7 +145,7 @@ class SafetensorsSource(Source):
             raise InputError(
                 f"{self.name} has no config.json; give the folder of a complete Hugging Face checkpoint."
             )
-        return _read_json(path)
+        return read_json(path)
 
     def tokenizer(self):
         """See :class:`Source`."""
@@ -191,7 +195,7 @@ class SafetensorsSource(Source):
             by_file.setdefault(self._file_of[stored], []).append(name)
         result = {}
         for path, members in by_file.items():
-            with _open(path) as file:
+            with open_weights(path) as file:
                 for name in members:
                     if (cut := self._cuts.get(name)) is not None:
                         result[name] = cut.take(file.get_slice(cut.stored)[cut.index]).clone()
@@ -234,13 +238,8 @@ class SafetensorsSource(Source):
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
         if index.is_file():
-            self._index = _read_json(index).get("weight_map", {})
+            self._index = shard_names(index)
             names = sorted(set(self._index.values()))
-            for name in names:
-                if not (self.folder / name).is_file():
-                    raise InputError(
-                        f"{index} names the shard {name}, which is missing; download the model again."
-                    )
             return [self.folder / name for name in names]
         found = [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
         if len(found) > 1:
@@ -264,34 +263,16 @@ class SafetensorsSource(Source):
             return f"{self.name} is a folder with GGUF files; name the file itself, for example {ggufs[0]}."
         return f"{self.name} holds no safetensors weights; give the folder of a Hugging Face checkpoint."
 
-    def _read_header(self, path: Path) -> None:
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                view = file.get_slice(name)
-                kind, shape = view.get_dtype(), tuple(view.get_shape())
-                if kind not in DTYPES:
-                    raise InputError(f"Tensor {name} in {path} has the dtype {kind}, which is not supported.")
-                dtype = DTYPES[kind]
-                nbytes = dtype.itemsize * torch.Size(shape).numel()
-                self._infos[name] = TensorInfo(shape=shape, dtype=dtype, nbytes=nbytes)
-                self._file_of[name] = path
 
+def _own_code(config):
+    """``config`` without kernels that it would have transformers fetch from the hub and run.
 
-def _open(path: Path):
-    """An open safetensors file; its own error becomes one sentence with the file's name."""
-    from safetensors import SafetensorError, safe_open
+    A name with a slash in ``_attn_implementation`` is a repository of code to transformers.
+    """
+    from transformers import PreTrainedConfig
 
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path} is not a complete safetensors file ({first_line(error)}); it was cut short or "
-            "damaged, get it again."
-        ) from error
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({first_line(error)}); get the file again.") from error
+    for part in (config, *(v for v in vars(config).values() if isinstance(v, PreTrainedConfig))):
+        for key in ("_attn_implementation_internal", "_experts_implementation_internal"):
+            if getattr(part, key, None) not in (None, "eager", "sdpa"):
+                setattr(part, key, None)
+    return config
