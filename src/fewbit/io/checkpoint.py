@@ -29,7 +29,7 @@ from fewbit.format.format import Format, Params
 from fewbit.format.qtensor import QTensor, value_of
 from fewbit.format.split import SplitTensor
 from fewbit.io import awq, bitsandbytes, compressed_tensors, fp8, gptq, inputs, native
-from fewbit.io.base import check_finite, first_line
+from fewbit.io.base import first_line
 from fewbit.io.entry import Entry
 from fewbit.io.files import check_name, read_json
 from fewbit.io.ordered import OrderedTensor
@@ -136,9 +136,12 @@ class Checkpoint(SafetensorsSource):
         stored = super().read(self._parts[module])
         found = self._codec.from_dict(module, stored, *self.entries[module].stored)
         q = found if isinstance(found, QTensor) else found.rest
-        for part, what in ((q.scale, "the steps"), (q.zero, "the zeros")):
-            if part is not None:
-                check_finite(f"{module} ({what})", value_of(part))
+        for part, what in ((q.scale, "steps"), (q.zero, "zeros")):
+            bad = 0 if part is None else int((~torch.isfinite(value_of(part).float())).sum())
+            if bad:
+                raise InputError(
+                    f"{bad} {what} of {module} are NaN or infinite; the checkpoint is damaged, get it again"
+                )
         return found
 
     def read_apart(self, module: str) -> Tensor | None:

@@ -290,6 +290,7 @@ def sites_from_config(config: Mapping) -> tuple[SiteEntry, ...]:
 
 def _broken(error: Exception) -> InputError:
     return InputError(
-        f"this quantization_config is broken ({type(error).__name__}: {first_line(error)}); "
-        "expected 'formats' and 'modules', and of an encoder 'activations' and 'sites', as fewbit writes them"
+        "the quantization_config of this checkpoint is broken "
+        f"({type(error).__name__}: {first_line(error)}); expected 'formats' and 'modules', and of an encoder "
+        "'activations' and 'sites', as fewbit writes them"
     )
