@@ -12,7 +12,6 @@ from torch import nn
 from fewbit.errors import InputError
 from fewbit.format.split import SplitTensor
 from fewbit.io.entry import Entry
-from fewbit.io.hf_quantizer import attach
 from fewbit.nn.linear import QLinear
 
 
@@ -24,6 +23,10 @@ def make_saveable(model: nn.Module) -> nn.Module:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QLinear)}
     if not layers:
         raise InputError(f"{type(model).__name__} has no quantized layers; quantize or convert it first")
+    import transformers.quantizers  # noqa: F401  (first: it takes up fewbit's quantizer)
+
+    from fewbit.io.hf_quantizer import attach
+
     attach(model, {name: _entry(layer) for name, layer in layers.items()})
     return model
 
