@@ -106,6 +106,16 @@ def test_in_bfloat16_the_bits_agree_too():
         assert torch.equal(convert(model)(**IDS).logits, want)
 
 
+def test_steps_stay_float32_and_codes_do_not_depend_on_autocast():
+    model = prepare(tiny("llama"), recipe(SYMMETRIC, basis=Incoherence()), weight=LSQ())
+    layer = model.bfloat16().model.layers[0].mlp.up_proj
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.weight_step.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = layer.to_quantized()
+    assert torch.equal(inside.codes, layer.to_quantized().codes)
+
+
 def test_integer_products_agree_to_the_order_of_their_sums():
     model = prepare(tiny("llama"), rtn_w8a8())
     train(model)

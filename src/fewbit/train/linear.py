@@ -15,6 +15,9 @@ in every file, and inputs have no place in it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -101,9 +104,21 @@ class FakeLinear(Stored, nn.Linear):
         found = {n: self._parameters.get(f"{side}_{n}") for n in names}
         return {n: p for n, p in found.items() if p is not None}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        sides = [(s, n) for s in ("weight", "input") for n in self._learned(s)]
+        before = {f"{s}_{n}": self._parameters[f"{s}_{n}"].detach() for s, n in sides}
+        super()._apply(fn, recurse)
+        for name, old in before.items():  # steps stay float32: updates of them are lost in bfloat16
+            if self._parameters[name].dtype != old.dtype:
+                self._parameters[name].data = old.to(self._parameters[name].device)
+        return self
+
     def _weight(self) -> Tensor:
         """The weight in the basis in which it is rounded, [out, in] float32."""
-        return self.weight.float() if self.basis is None else self.basis.enter(self.weight.float())
+        if self.basis is None:
+            return self.weight.float()
+        with torch.autocast(self.weight.device.type, enabled=False):  # or codes would depend on it
+            return self.basis.enter(self.weight.float())
 
     def _fake_input(self, x: Tensor) -> Tensor:
         if self.activation is None or x.numel() == 0:
@@ -121,7 +136,8 @@ class FakeLinear(Stored, nn.Linear):
         """x [..., in] -> [..., out], in x's dtype."""
         output = None
         if self.basis is not None:
-            x = self.basis.input_map(self.in_features).apply(x)
+            with torch.autocast(x.device.type, enabled=False):
+                x = self.basis.input_map(self.in_features).apply(x)
             output = self.basis.output_map(self.out_features)
         x = self._fake_input(x)
         w = self.quant(self._weight(), self.format, self._learned("weight")).to(x.dtype)
