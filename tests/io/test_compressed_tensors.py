@@ -13,7 +13,8 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from quantized import FORMATS, int_format, save_quantized
 from tiny import tiny_ids
 
@@ -186,6 +187,27 @@ def test_w4a8_is_what_the_library_infers_and_is_read_packed_as_well():
     assert torch.equal(ct.from_dict("m", stored, *entry.stored).codes, q.codes)
 
 
+def test_local_steps_of_nvfp4_inputs_are_those_of_the_library():
+    """One stored step for the tensor, one per 16 of every call in its units: the values agree."""
+    nvfp4 = format_by_name("nvfp4")
+    activation = Activation(format=nvfp4, static=True)
+    x = weight((96, 64), seed=1) * weight((96, 1), seed=2)
+    params = activation.fit(x, x.amin(0), x.amax(0))
+    config = json.loads(json.dumps(ct.quantization_config({"m": nvfp4}, [], {"m": activation})))
+    stored = ct.to_dict("m", nvfp4.quantize(weight()), activation)
+    stored |= ct.input_to_dict("m", activation, params)
+    assert entries_of(ct, config, stored)["m"].activation == activation
+    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    assert scheme.input_activations.dynamic == "local"
+    module = torch.nn.Linear(64, 8)
+    module.quantization_status = QuantizationStatus.COMPRESSED
+    module.input_global_scale = torch.nn.Parameter(stored["m.input_global_scale"], requires_grad=False)
+    other = torch.cat([x[:7], 3 * x[:7], torch.zeros(1, 64)])[None]  # beyond what was calibrated: saturates
+    want = forward_quantize(module, other, "input", scheme.input_activations)
+    torch.testing.assert_close(activation(other, params), want, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(activation(other, params), Activation(format=nvfp4)(other), rtol=1e-3)
+
+
 def test_bytes_that_do_not_fit_into_the_bits_of_a_weight_are_refused():
     fmt, activation = int_format(4), Activation(format=INT8)
     stored = ct.to_dict("m", fmt.quantize(weight()), activation)
@@ -223,7 +245,7 @@ ROWS = int_format(8, block=Channel())
             {"format": int_format(8, block=PerTensor(), asymmetric=True), "static": True},
             "static steps of inputs are symmetric",
         ),
-        (format_by_name("nvfp4"), {"format": format_by_name("nvfp4")}, "are not written there"),
+        (format_by_name("nvfp4"), {"format": format_by_name("nvfp4")}, "one stored step per tensor"),
         (format_by_name("mxfp4"), {"format": format_by_name("mxfp8-e4m3")}, "same MX format"),
         (format_by_name("mxfp4"), {"format": format_by_name("mxfp4-ceil")}, "OCP's own rule"),
     ],

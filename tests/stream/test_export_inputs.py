@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
 import torch
 from quantized import int_format
+from safetensors.torch import load_file
 from tiny import save_tiny
 
-from fewbit.format import FP32, Channel, Format, Token
+from fewbit.errors import InputError
+from fewbit.format import FP32, Channel, Format, Token, format_by_name
 from fewbit.format.activation import Activation
 from fewbit.grid import Int
 from fewbit.io.source import open_source
@@ -47,6 +50,31 @@ def test_w4a8_is_simulated_by_transformers_and_comes_back(tmp_path):
     assert group["group_0"]["input_activations"]["num_bits"] == 8
     back = export(tmp_path / "ct", "native", tmp_path / "back", verify=False)
     assert same(start, back.output)
+
+
+def test_nvfp4_inputs_with_a_stored_step_are_simulated_by_transformers_and_come_back(tmp_path):
+    nvfp4 = format_by_name("nvfp4")
+    start = run(tmp_path, nvfp4, Activation(format=nvfp4, static=True))
+    done = export(start, "compressed-tensors", tmp_path / "ct")
+    assert (
+        done.seen.difference < 0.3
+    )  # transformers computes in bfloat16, which gives some inputs other codes
+    stored = load_file(tmp_path / "ct" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    step = open_source(start).read_input(name).scale
+    assert 1 / stored[f"{name}.input_global_scale"] == step
+    back = export(tmp_path / "ct", "native", tmp_path / "back", verify=False)
+    assert same(start, tmp_path / "ct")
+    assert same(start, back.output)
+    assert open_source(back.output).read_input(name).scale == step
+
+
+def test_nvfp4_inputs_without_a_stored_step_are_refused(tmp_path):
+    nvfp4 = format_by_name("nvfp4")
+    start = run(tmp_path, nvfp4, Activation(format=nvfp4))
+    with pytest.raises(InputError, match="NVFP4 inputs have one stored step per tensor there"):
+        export(start, "compressed-tensors", tmp_path / "ct", verify=False)
+    assert not (tmp_path / "ct").exists()
 
 
 def test_affine_w4a8_rows_come_back_as_well(tmp_path):

@@ -1,7 +1,8 @@
 """How the input of a layer is quantized before the product.
 
     dynamic   steps of x [..., tokens, in] are fitted at every call (per token, or one for the call)
-    static    steps were fitted on calibration inputs and are stored: per tensor, or per group of columns
+    static    steps were fitted on calibration inputs and are stored: per tensor, or per group of columns;
+              of steps in two levels (NVFP4) the outer one alone, and the inner ones are found at every call
     groups    "per embedding group": columns sorted by their range max - min are cut into K equal groups with
               one step each (Bondarenko, Nagel, Blankevoort 2021, https://arxiv.org/abs/2109.12948, section 4)
     outliers  columns in which any |x| of the call reaches the threshold skip the rounding (LLM.int8():
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
+from fewbit.format.affine import raw_step
 from fewbit.format.block import Channel, Columns, Group, PerTensor, Token
 from fewbit.format.fit import MinMax
 from fewbit.format.format import Format, Params
@@ -49,29 +51,26 @@ class Activation:
         own = self.format
         if own.scale is None or own.grid.width > 1 or own.codebook is not None:
             raise InputError(f"activations need a scalar format with steps, got {own}")
-        if self.static and not isinstance(own.block, PerTensor | Columns):
-            raise InputError(
-                f"static steps cannot follow tokens: use PerTensor() or Columns(n), got {own.block}"
-            )
+        if self.static and not (self.local or isinstance(own.block, PerTensor | Columns)):
+            raise InputError(f"static steps cannot follow tokens; use PerTensor or Columns, not {own.block}")
         if not self.static and not isinstance(own.block, PerTensor | Token | Channel | Group | Columns):
             raise InputError(f"dynamic steps are per tensor, token, group or column, got {own.block}")
-        if self.momentum is not None and not (self.static and 0 <= self.momentum < 1):
-            raise InputError(
-                f"momentum {self.momentum} needs static steps and a value in [0, 1); 0.9 is usual"
-            )
+        if self.momentum is not None and not (self.static and 0 <= self.momentum < 1 and not self.local):
+            raise InputError(f"momentum {self.momentum} needs static steps in one level, and to be in [0, 1)")
         if self.outliers is not None and not (self.outliers > 0 and not self.static):
-            raise InputError(
-                f"an outlier threshold of {self.outliers} needs dynamic steps and must be positive"
-            )
+            raise InputError(f"outlier threshold {self.outliers} needs dynamic steps and must be positive")
         sortable = self.static and own.block == Columns(1) and self.momentum is None
         if self.groups is not None and not (sortable and self.groups >= 1):
-            raise InputError(
-                f"{self.groups} groups of columns sorted by range need 1 or more, static steps of Columns(1) "
-                f"and no momentum, got {own}"
-            )
-
+            need = "need 1 or more, static steps of Columns(1) and no momentum"
+            raise InputError(f"{self.groups} groups of columns sorted by range {need}, got {own}")
         if self.centred and (self.static or self.outliers is not None):
             raise InputError(f"centred inputs need dynamic steps and no outlier threshold, got {self}")
+
+    @property
+    def local(self) -> bool:
+        """True where a stored step per tensor is the unit of symmetric steps that are found at every call."""
+        own, whole = self.format, PerTensor()
+        return self.static and own.scale.scale is not None and own.scale.block == whole and not own.zero_bits
 
     def __call__(self, x: Tensor, params: Params | None = None, apart: Tensor | None = None) -> Tensor:
         """x [..., in] through the grid and back, in x's dtype.
@@ -87,18 +86,23 @@ class Activation:
                 raise InputError(f"{self} takes off the means of its columns, which calibration has to find")
             c = params.zero.float()
             return (c + replace(self, centred=False)(rows.float() - c, apart=apart)).to(x.dtype).view(x.shape)
-        wide = None
-        if self.outliers is not None:
-            wide = rows.abs().amax(0) >= self.outliers
+        wide = None if self.outliers is None else rows.abs().amax(0) >= self.outliers
         if apart is not None:
             wide = rows.new_zeros(rows.shape[-1], dtype=torch.bool) if wide is None else wide
             wide = wide.index_fill(0, apart, True)
         if wide is not None:
             kept, rows = rows, rows.masked_fill(wide, 0)
         rows = rows.float()
+        params = self._inner(rows, params.scale) if params is not None and self.local else params
         q = self.format.quantize(rows) if params is None else self.format.encode(rows, params)
         out = q.dequantize(x.dtype)
         return (out if wide is None else torch.where(wide, kept, out)).view(x.shape)
+
+    def _inner(self, x: Tensor, outer: Tensor) -> Params:
+        """Steps of this call in units of the stored one; those beyond the largest code saturate."""
+        own = self.format
+        raw = raw_step(own, *own.range(own.block.split(x), own, None)).maximum(own.scale.grid.least * outer)
+        return Params(scale=own.scale.encode(raw, Params(scale=outer, zero=None)), zero=None)
 
     @staticmethod
     def center(rows: Tensor) -> Params:
@@ -109,7 +113,8 @@ class Activation:
         """Static steps from a sample [tokens, in] and the extremes of every column [in] over all tokens."""
         rows = torch.cat([sample.float(), low[None].float(), high[None].float()])
         if self.groups is None:
-            return self.format.fit(rows)
+            found = self.format.fit(rows)
+            return Params(scale=found.scale.scale, zero=None) if self.local else found
         order = (high - low).argsort(stable=True)
         size, rest = divmod(len(order), self.groups)
         parts = []  # the first ``rest`` groups hold one column more

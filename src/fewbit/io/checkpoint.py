@@ -155,7 +155,8 @@ class Checkpoint(SafetensorsSource):
         """Static steps of the input of ``module``, on the CPU; None where it is dynamic or not quantized."""
         entry = self.entries[module]
         names = self._input_names(module, entry)
-        stored = {own: tensor for name, tensor in super().read(names).items() for own in [names[name]]}
+        read = super().read(names).items()
+        stored = {names[n]: 1 / t.float() if n.endswith(compressed_tensors.GLOBAL) else t for n, t in read}
         return inputs.from_dict(module, stored, entry.activation, entry.shape[1])
 
     def read_site(self, entry: SiteEntry) -> Quantizer:
@@ -214,6 +215,8 @@ class Checkpoint(SafetensorsSource):
     def _input_names(self, module: str, entry: Entry) -> dict[str, str]:
         """Stored name -> fewbit's name of what is kept of a module's input."""
         other = self._codec.input_names
+        if self._codec is compressed_tensors and entry.activation is not None and entry.activation.local:
+            other = {"input_scale": compressed_tensors.GLOBAL}
         own = inputs.layout(entry.activation, entry.shape[1])
         return {f"{module}.{other.get(n, n)}": f"{module}.{n}" for n in own}
 

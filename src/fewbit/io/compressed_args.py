@@ -6,7 +6,7 @@
     int < 8, input int8   int-quantized            group, channel; a byte for each weight (W4A8)
     E4M3                  naive-quantized          tensor, channel, block
     E4M3, input E4M3      float-quantized          the same; inputs per token, tensor, group; static
-    E2M1 x E4M3 per 16    nvfp4-pack-quantized     NVFP4A16: weights alone
+    E2M1 x E4M3 per 16    nvfp4-pack-quantized     alone, or with inputs of the same kind ("local" steps)
     E2M1 x E8M0 per 32    mxfp4-pack-quantized     alone, or with inputs of the same kind
     E2M3 x E8M0 per 32    mxfp6-pack-quantized     alone
     E4M3 x E8M0 per 32    mxfp8-quantized          alone, or with inputs of the same kind
@@ -112,6 +112,9 @@ def activation_of(args: Mapping, steps: torch.dtype | None) -> Activation | None
     """The Activation of a module's input; None where it is not read. steps: dtype of ``input_scale``."""
     bits, kind, dynamic = args.get("num_bits", 8), args.get("type", "int"), args.get("dynamic", False)
     symmetric, size = args.get("symmetric", True), args.get("group_size")
+    if dynamic == "local":  # the step of steps is stored, the steps are found at every call
+        fits = (kind, bits, size, symmetric, args.get("strategy")) == ("float", 4, 16, True, "tensor_group")
+        return Activation(format=nvfp4(), static=True) if fits else None
     if args.get("scale_dtype") == "torch.uint8":
         found = mx(_ELEMENTS.get(bits, "e2m1"))
         fits = kind == "float" and bits in _ELEMENTS and size == 32 and symmetric and dynamic is True
@@ -155,6 +158,9 @@ def refuse_input(format: Format, activation: Activation) -> str | None:
             if not activation.static and own.range == PowerOfTwo()
             else "MX inputs take OCP's own rule there"
         )
+    if own == nvfp4() and layout_of(format) == NVFP4:
+        stored = "NVFP4 inputs have one stored step per tensor there; quantize with static inputs"
+        return None if activation.static else stored
     if plain_steps(own) is None or plain_steps(format) is None:
         return f"inputs of {own} are not written there"
     if isinstance(format.grid, Int) != isinstance(own.grid, Int) or own.grid.bits != 8:

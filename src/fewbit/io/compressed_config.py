@@ -5,8 +5,8 @@ Weights, and inputs that are quantized per token, group or tensor. What is not h
 - ``transform_config``: no reader runs it on every device (a rotation that could be folded needs no entry; one
   at every call is written natively);
 - ``kv_cache_scheme``: it stores static steps k_scale and v_scale, and caches here find theirs at every call;
-- inputs whose steps are half static (NVFP4's "local" ones), and activation order by ``weight_g_idx``, which
-  the library itself gave up in 0.19. Orders "weight" and "static" leave plain groups and are read.
+- activation order by ``weight_g_idx``, which the library itself gave up in 0.19. Orders "weight" and "static"
+  leave plain groups and are read.
 
 The words of one format are those of ``fewbit.io.compressed_args``.
 """
@@ -173,6 +173,8 @@ def quantization_config(
 def _scheme(format: Format, activation: Activation | None = None) -> dict:
     """Layout and ``QuantizationArgs`` of a Format; two Formats with the same scheme share a group."""
     given = None if activation is None else args_of(activation.format, dynamic=not activation.static)
+    if activation is not None and activation.local:
+        given |= {"dynamic": "local"}
     return {
         "weights": args_of(format),
         "input_activations": given,

@@ -14,6 +14,7 @@
                            X.weight_global_scale  float32 [1], what is divided by: x = q s / G
     MXFP4, MXFP6, MXFP8    X.weight_packed or X.weight, X.weight_scale uint8 [out, in / 32]  E8M0
     static inputs          X.input_scale        float [1]  (``fewbit.io.inputs``)
+    NVFP4 inputs ("local") X.input_global_scale  float32 [1], what steps are multiplied by, as of weights
 
 Packing is dense for every width, as the library's version 0.18 made it and as vLLM reads it; 0.17 itself
 padded 3, 5, 6 and 7 bits and would misread those. NVFP4's one step per tensor g is held as G = 1 / g in
@@ -37,10 +38,11 @@ from fewbit.errors import InputError
 from fewbit.format.activation import Activation
 from fewbit.format.bits import pack, row_bytes, unpack
 from fewbit.format.block import Block2d, Channel, Group
-from fewbit.format.format import Format, Zero
+from fewbit.format.format import Format, Params, Zero
 from fewbit.format.named import BF16, E8M0
 from fewbit.format.qtensor import QTensor
 from fewbit.grid.integer import Int
+from fewbit.io import inputs
 from fewbit.io.base import TensorInfo
 from fewbit.io.compressed_args import E4M3, NVFP4, PACKED, layout_of
 from fewbit.io.compressed_config import (
@@ -67,6 +69,7 @@ __all__ = [
 
 _WORD = 4  # bytes of an int32
 optional, input_names = (), {}
+GLOBAL = "input_global_scale"  # 1 / the stored step of inputs whose other steps are local
 
 
 def entries(config: Mapping, infos: Mapping[str, TensorInfo], read: Callable) -> dict[str, Entry]:
@@ -169,10 +172,23 @@ def _steps(q: QTensor) -> dict[str, Tensor]:
         return {"weight_scale": torch.atleast_1d(q.scale)}
     if q.format.scale == E8M0:
         return {"weight_scale": q.scale.codes}
-    inverse = 1 / torch.atleast_1d(q.scale.scale.float())
+    outer = _inverse(q.scale.scale)
+    return {"weight_scale": q.scale.codes.view(torch.float8_e4m3fn), "weight_global_scale": outer}
+
+
+def _inverse(step: Tensor) -> Tensor:
+    """G [1] float32 whose reciprocal is ``step``, if there is one, and else the nearest."""
+    inverse = 1 / torch.atleast_1d(step.float())
     for other in (inverse.nextafter(inverse * 2), inverse.nextafter(inverse / 2)):
-        inverse = torch.where((1 / inverse != q.scale.scale) & (1 / other == q.scale.scale), other, inverse)
-    return {"weight_scale": q.scale.codes.view(torch.float8_e4m3fn), "weight_global_scale": inverse}
+        inverse = torch.where((1 / inverse != step) & (1 / other == step), other, inverse)
+    return inverse
+
+
+def input_to_dict(module: str, activation: Activation, params: Params) -> dict[str, Tensor]:
+    """The tensors of a file for the static input of ``module``."""
+    if activation.local:
+        return {f"{module}.{GLOBAL}": _inverse(params.scale)}
+    return inputs.to_dict(module, params)
 
 
 def _signed(grid: Int, codes: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Static steps and means of quantized inputs, as both checkpoint layouts store them beside a weight.
 
-    X.input_scale        the step in its own dtype, one per tensor or per group of columns
+    X.input_scale        the step in its own dtype, one per tensor or per group of columns; of steps in two
+                         levels the outer one
     X.input_zero         a code of the grid or a float, where the format has one
                          (compressed-tensors writes only symmetric ones, under its own name input_scale)
 
@@ -29,11 +30,12 @@ def layout(activation: Activation | None, columns: int) -> dict[str, tuple[tuple
     if activation is None or not activation.static:
         return {}
     fmt = activation.format
-    if fmt.scale.grid.name not in NATIVE:
+    steps = fmt.scale.scale if activation.local else fmt.scale
+    if steps.grid.name not in NATIVE:
         raise InputError(f"static steps of inputs are plain floats in a file, not {fmt.scale!s:.60}")
     fmt.block.check((1, columns), "an input")
-    shape = fmt.block.scale_shape((1, columns)) or (1,)
-    out = {"input_scale": (shape, NATIVE[fmt.scale.grid.name])}
+    shape = (not activation.local and fmt.block.scale_shape((1, columns))) or (1,)
+    out = {"input_scale": (shape, NATIVE[steps.grid.name])}
     if fmt.zero is not Zero.NONE:
         out["input_zero"] = (shape, fmt.grid.code_dtype if fmt.zero is Zero.INTEGER else fmt.zero_dtype)
     return out
@@ -63,7 +65,7 @@ def from_dict(
     zero = tensors.get(f"{module}.input_zero")
     if activation.centred:
         return Params(scale=None, zero=zero)
-    shape = activation.format.block.scale_shape((1, columns))
+    shape = () if activation.local else activation.format.block.scale_shape((1, columns))
     for name, (stored, _) in wanted.items():
         got = tensors[f"{module}.{name}"]
         if got.numel() != math.prod(stored) or not torch.isfinite(got.float()).all():

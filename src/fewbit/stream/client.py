@@ -24,6 +24,9 @@ from fewbit.stream.verify import stream_logits
 
 TOKENS = 24
 SAME, CLOSE = 1e-3, 0.1  # of the largest logit; beyond the second it is another model
+CLOSE_4_BITS = (
+    0.4  # where inputs have 16 values, the rounding of bfloat16 in the client turns into other codes
+)
 SCRIPT = """
 import sys, torch
 folder, given, out, own = sys.argv[1:5]
@@ -83,13 +86,15 @@ def look(folder: Path, layout: str) -> Seen:
                 )
             return Seen(difference=None, why=why.partition(": ")[2])
         got = torch.load(out)
-    return Seen(difference=_compare(got, stream_logits(source, ids)))
+    given = [e.activation for e in getattr(source, "entries", {}).values()]
+    coarse = any(a is not None and a.format.grid.bits <= 4 for a in given)
+    return Seen(difference=_compare(got, stream_logits(source, ids), CLOSE_4_BITS if coarse else CLOSE))
 
 
-def _compare(got: Tensor, ours: Tensor) -> float:
+def _compare(got: Tensor, ours: Tensor, close: float) -> float:
     """The largest difference over the largest logit."""
     difference = float((got - ours).abs().max() / ours.abs().max().clamp(min=1e-30))
-    if not difference <= CLOSE:
+    if not difference <= close:
         raise InputError(
             "transformers loads the exported checkpoint and gives other logits (they differ by "
             f"{difference:.2g} of the largest); nothing was published, please report this, or export with "

@@ -215,7 +215,10 @@ def _packed(source: Source, codec, layers: dict[str, Layer], layer: Layer) -> di
     more = (to.activation,) if codec is compressed_tensors else ()
     out = codec.to_dict(layer.name, q, *more)
     if to.activation is not None:
-        given = inputs.to_dict(layer.name, source.read_input(layer.name))
+        params = source.read_input(layer.name)
+        if codec is compressed_tensors and params is not None:
+            return out | codec.input_to_dict(layer.name, to.activation, params)
+        given = inputs.to_dict(layer.name, params)
         names = {f"{layer.name}.{a}": f"{layer.name}.{b}" for a, b in codec.input_names.items()}
         out |= {names.get(n, n): t for n, t in given.items()}
     return out
