@@ -136,6 +136,7 @@ def test_learned_ranges_train_steps_and_zeros_and_store_what_was_trained():
             learned["step"].mul_(0.7)
             learned["zero"].add_(0.31)
         params = LearnedRange().params(x, fmt, learned)
+        assert params.scale.dtype == torch.float16  # as it will be stored
         assert torch.equal(LearnedRange()(x, fmt, learned), fmt.encode(x, params).dequantize())
 
 

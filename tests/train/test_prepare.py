@@ -157,6 +157,8 @@ def test_weights_stay_the_parameters_that_they_were():
 def test_a_trained_model_is_saved_and_read_back_with_the_same_bits(tmp_path):
     rules = recipe(SYMMETRIC, STATIC)
     model = prepare(tiny("llama"), rules, weight=LSQ(), input=LearnedRange(), batches=[IDS])
+    assert not model.training
+    assert prepare(tiny("llama").train(), rules, batches=[IDS]).training  # calibration runs in eval mode
     train(model)
     make_saveable(convert(model)).save_pretrained(tmp_path)
     with torch.no_grad():
@@ -177,6 +179,16 @@ def test_compiled_and_eager_training_take_the_same_step():
     assert torch.equal(layer(x), torch.compile(twin, backend="aot_eager")(x))
     for (name, a), (_, b) in zip(layer.named_parameters(), twin.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_the_gradient_of_an_input_s_step_is_scaled_by_features_not_by_tokens():
+    """LSQ, section 2.2: N is the number of features. So twice the tokens give twice the gradient."""
+    x, grads = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)), []
+    how = {"activation": STATIC_SYMMETRIC, "input_quant": LSQ(), "sample": x}
+    layer = FakeLinear(nn.Linear(64, 8), SYMMETRIC, LSQ(), **how)
+    for tokens in (x, x.repeat(2, 1)):
+        grads += torch.autograd.grad(layer(tokens).square().sum(), layer.input_step)
+    torch.testing.assert_close(grads[1], 2 * grads[0])
 
 
 def test_one_huge_coordinate_loses_its_trust_and_the_others_keep_theirs():
