@@ -4,7 +4,8 @@ Weights, and inputs that are quantized per token, group or tensor. What is not h
 
 - ``transform_config``: no reader runs it on every device (a rotation that could be folded needs no entry; one
   at every call is written natively);
-- ``kv_cache_scheme``: it stores static steps k_scale and v_scale, and caches here find theirs at every call;
+- ``kv_cache_scheme``: it stores static steps k_scale and v_scale, and a cache here belongs to a run, not to a
+  checkpoint: where its steps are fixed, ``fewbit.nn.kvlayer.calibrate`` finds them when the model is run;
 - activation order by ``weight_g_idx``, which the library itself gave up in 0.19. Orders "weight" and "static"
   leave plain groups and are read.
 
