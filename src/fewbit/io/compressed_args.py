@@ -20,15 +20,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
+from fewbit.errors import InputError
 from fewbit.format.activation import Activation
+from fewbit.format.bits import pack, row_bytes, unpack
 from fewbit.format.block import Block, Block2d, Channel, Group, PerTensor, Token
 from fewbit.format.fit import AbsMax, MinMax, PowerOfTwo
 from fewbit.format.format import Format, Zero
 from fewbit.format.named import E4M3_OVER_FP32, E8M0, FP32, mx, nvfp4
 from fewbit.grid import by_name
 from fewbit.grid.integer import Int
-from fewbit.io.parts import STEPS, plain_steps
+from fewbit.io.parts import STEPS, WORD, plain_steps
 from fewbit.io.typed import MOST
 
 PACKED, BYTES = "pack-quantized", "int-quantized"
@@ -192,3 +195,19 @@ def _block(args: Mapping) -> Block | None:
         usual = isinstance(shape, list | tuple) and len(shape) == 2 and all(isinstance(n, int) for n in shape)
         return Block2d(*shape) if usual and min(shape) > 0 else None
     return {"channel": Channel(), "tensor": PerTensor()}.get(strategy)
+
+
+def pack_words(grid: Int, codes: Tensor) -> Tensor:
+    """[rows, n] codes -> int32 [rows, ceil(n * bits / 32)]."""
+    return pack(grid.to_unsigned(codes), grid.bits, word=WORD).view(torch.int32)
+
+
+def unpack_words(grid: Int, words: Tensor, n: int, module: str) -> Tensor:
+    """Inverse of ``pack_words``: int32 [rows, words] -> codes [rows, n]."""
+    if words.shape[-1] * WORD != row_bytes(n, grid.bits, WORD):
+        raise InputError(
+            f"{module} packs {n} values of {grid.bits} bits in {words.shape[-1]} words instead of "
+            f"{row_bytes(n, grid.bits, WORD) // WORD}; it was written by compressed-tensors before 0.18, "
+            "save it again with a newer one"
+        )
+    return grid.from_unsigned(unpack(words.contiguous().view(torch.uint8), grid.bits, n))

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from fewbit.errors import InputError
 from fewbit.format.activation import Activation
-from fewbit.format.bits import pack, row_bytes, unpack
+from fewbit.format.bits import pack, unpack
 from fewbit.format.block import Block2d, Channel, Group
 from fewbit.format.format import Format, Params, Zero
 from fewbit.format.named import BF16, E8M0
@@ -44,7 +44,7 @@ from fewbit.format.qtensor import QTensor
 from fewbit.grid.integer import Int
 from fewbit.io import inputs
 from fewbit.io.base import TensorInfo
-from fewbit.io.compressed_args import E4M3, NVFP4, PACKED, layout_of
+from fewbit.io.compressed_args import E4M3, NVFP4, PACKED, layout_of, pack_words, unpack_words
 from fewbit.io.compressed_config import (
     QUANT_METHOD,
     caveats,
@@ -67,7 +67,6 @@ __all__ = [
     "to_dict",
 ]
 
-_WORD = 4  # bytes of an int32
 optional, input_names = (), {}
 GLOBAL = "input_global_scale"  # 1 / the stored step of inputs whose other steps are local
 
@@ -152,10 +151,10 @@ def to_dict(module: str, q: QTensor, activation: Activation | None = None) -> di
     parts = _steps(q)
     match layout_of(q.format, activation):
         case "pack-quantized":
-            parts["weight_packed"] = _pack(q.format.grid, q.codes)
+            parts["weight_packed"] = pack_words(q.format.grid, q.codes)
             parts["weight_shape"] = torch.tensor(tuple(q.shape), dtype=torch.int64)
             if q.zero is not None:
-                parts["weight_zero_point"] = _pack(q.format.grid, q.zero.T).T.contiguous()
+                parts["weight_zero_point"] = pack_words(q.format.grid, q.zero.T).T.contiguous()
         case "int-quantized":
             parts["weight"] = _signed(q.format.grid, q.codes)
             if q.zero is not None:
@@ -249,9 +248,9 @@ def from_dict(module: str, tensors: Mapping[str, Tensor], format: Format, shape:
     else:
         if format.zero is Zero.INTEGER:
             stored = _get(tensors, f"{module}.weight_zero_point", torch.int32)
-            zero = _unpack(format.grid, stored.T, shape[0], module).T.contiguous()
+            zero = unpack_words(format.grid, stored.T, shape[0], module).T.contiguous()
         words = _get(tensors, f"{module}.weight_packed", torch.int32)
-        codes = _unpack(format.grid, words, shape[1], module)
+        codes = unpack_words(format.grid, words, shape[1], module)
     q = QTensor(codes=codes, scale=scale, zero=zero, format=format, shape=size)
     if tuple(codes.shape) != tuple(shape) or (zero is not None and tuple(zero.shape) != tuple(blocks)):
         raise InputError(
@@ -293,19 +292,3 @@ def _get(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor
     if name not in tensors:
         raise missing(name)
     return take(tensors, name, tuple(tensors[name].shape), dtype)
-
-
-def _pack(grid: Int, codes: Tensor) -> Tensor:
-    """[rows, n] codes -> int32 [rows, ceil(n * bits / 32)]."""
-    return pack(grid.to_unsigned(codes), grid.bits, word=_WORD).view(torch.int32)
-
-
-def _unpack(grid: Int, words: Tensor, n: int, module: str) -> Tensor:
-    """Inverse of ``_pack``: int32 [rows, words] -> codes [rows, n]."""
-    if words.shape[-1] * _WORD != row_bytes(n, grid.bits, _WORD):
-        raise InputError(
-            f"{module} packs {n} values of {grid.bits} bits in {words.shape[-1]} words instead of "
-            f"{row_bytes(n, grid.bits, _WORD) // _WORD}; it was written by compressed-tensors before 0.18, "
-            "save it again with a newer one"
-        )
-    return grid.from_unsigned(unpack(words.contiguous().view(torch.uint8), grid.bits, n))
