@@ -16,13 +16,21 @@ sys.path.insert(0, str(ROOT.parent / "tests"))
 
 from tiny import save_tiny  # noqa: E402
 
-from fewbit.recipe import named  # noqa: E402
+from fewbit.format import FP32, Format, Group, Token, format_by_name  # noqa: E402
+from fewbit.format.activation import Activation  # noqa: E402
+from fewbit.grid import Int  # noqa: E402
+from fewbit.recipe import Recipe, Rule, named  # noqa: E402
 from fewbit.stream.data import Calibration  # noqa: E402
 from fewbit.stream.export import export  # noqa: E402
 from fewbit.stream.quantize import quantize  # noqa: E402
 
 STATIC = {"static": "true", "input": "tensor"}
 E4M3 = {"grid": "e4m3fn", "weight": "tensor"}
+TOKEN = Activation(format=Format(grid=Int(8), block=Token(), scale=FP32))
+ROUNDED = Format(grid=Int(4), block=Group(32), scale=FP32)
+W4A8 = Recipe(name="w4a8", rules=(Rule(weight=ROUNDED, input=TOKEN),))
+STORED = Activation(format=format_by_name("nvfp4"), static=True)
+NVFP4 = Recipe(name="nvfp4", rules=(Rule(weight=format_by_name("nvfp4"), input=STORED),))
 CASES = (
     ("W4A16, group 32", "rtn", {"group_size": "32"}, "compressed-tensors"),
     (
@@ -35,7 +43,9 @@ CASES = (
     ("FP8 weights and inputs, static", "w8a8", STATIC | E4M3, "compressed-tensors"),
     ("W8A8 int8, static", "w8a8", STATIC, "compressed-tensors"),
     ("W8A8 int8, dynamic", "w8a8", {}, "compressed-tensors"),
+    ("W4A8 int8, dynamic, group 32", W4A8, {}, "compressed-tensors"),
     ("NVFP4", "rtn", {"format": "nvfp4"}, "compressed-tensors"),
+    ("NVFP4 weights and inputs, stored step", NVFP4, {}, "compressed-tensors"),
     ("MXFP4", "rtn", {"format": "mxfp4"}, "compressed-tensors"),
     ("FP8 per tensor, static inputs", "w8a8", STATIC | E4M3, "fp8"),
     ("NF4, steps doubly quantized", "nf4", {}, "bitsandbytes"),
@@ -57,7 +67,7 @@ def main() -> None:
         save_tiny("llama", root / "model")
         for i, (name, recipe, settings, target) in enumerate(CASES):
             source = root / f"{i}"
-            made = named(recipe, settings)
+            made = named(recipe, settings) if isinstance(recipe, str) else recipe
             quantize(root / "model", made, output=source, calibration=few, read_back=False)
             seen = export(source, target, root / f"{i}-exported").seen
             shown = "" if seen.difference is None else f"{seen.difference:.2g}"
