@@ -76,7 +76,8 @@ def travel(vllm: str, folder: Path, recipe: list[str], layout: str | None, dtype
     said = subprocess.run(words, capture_output=True, text=True)
     found = [line for line in said.stdout.splitlines() if line.startswith("FOUND")]
     if not found:
-        return {"failed": said.stderr.strip().splitlines()[-1][:300]}
+        reasons = [line for line in (said.stdout + said.stderr).splitlines() if "Error: " in line]
+        return {"failed": (reasons or ["no reason given"])[0].rpartition("Error: ")[2][:300]}
     theirs = json.loads(found[0].removeprefix("FOUND"))
     rows = [beside(ours, t["ids"]) for ours, t in zip(continued(made, dtype), theirs, strict=True)]
     return {"dtype": dtype, "rows": rows, "texts": [t["text"] for t in theirs]}
