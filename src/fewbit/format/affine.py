@@ -76,7 +76,7 @@ def stored_steps(fmt: Format, raw: Tensor, x: Tensor) -> Tensor | QTensor:
         unused = 0.0 if tile or fmt.grid.snap(raw.new_zeros(fmt.grid.width)).any() else 1.0
         # float16 begins at 6.1e-5, above the steps of some 8-bit weights: there subnormals serve as well
         least = info.smallest_normal * (info.eps if dtype == torch.float16 else 1)
-        size = torch.where(raw != 0, raw.abs(), unused).clamp(least, info.max)
+        size = torch.where(raw.abs() > 0, raw.abs(), unused).clamp(least, info.max)  # NaN is no step
         return torch.copysign(size, raw).to(dtype)
     if not getattr(own.grid, "zero", True):  # powers of two: upwards, or up to 1.5 max would be clipped
         significand, e = torch.frexp(raw)
