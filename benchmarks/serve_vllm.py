@@ -23,15 +23,16 @@ PROMPTS = ["The capital of France is", "Quantization is", "Water boils at"]
 TOKENS = 24
 G64 = ["--set", "group_size=64"]
 ROADS = {  # name: recipe and settings, layout of an export, dtype
-    "W4A16 symmetric, compressed-tensors": (["gptq", *G64], None, "bfloat16"),
-    "W4A16 asymmetric, compressed-tensors": (["gptq", *G64, "--set", "symmetric=false"], None, "bfloat16"),
-    "W8A16, compressed-tensors": (["int8"], None, "bfloat16"),
-    "W8A8 int8 dynamic, compressed-tensors": (["w8a8"], None, "bfloat16"),
+    "W4A16 symmetric, compressed-tensors": (["gptq", *G64], None, "float16"),
+    "W4A16 asymmetric, compressed-tensors": (["gptq", *G64, "--set", "symmetric=false"], None, "float16"),
+    "W8A16, compressed-tensors": (["int8"], None, "float16"),
+    "W8A8 int8 dynamic, compressed-tensors": (["w8a8"], None, "float32"),
     "GPTQ layout, symmetric": (["gptq", *G64], "gptq", "float16"),
     "AWQ layout": (["gptq", *G64, "--set", "symmetric=false"], "awq", "float16"),
     "NF4, plugin": (["nf4"], None, "float32"),
     "HIGGS, 4 bit, plugin": (["higgs", "--set", "bits=4"], None, "float32"),
     "QTIP, 4 bit, plugin": (["qtip", "--set", "bits=4", "--set", "state_bits=10"], None, "float32"),
+    "QuaRot W4A16, plugin": (["quarot", "--set", "input_bits=16"], None, "float32"),
     "QuaRot W4A4, plugin": (["quarot"], None, "float32"),
 }
 
