@@ -89,7 +89,7 @@ class FewbitConfig(QuantizationConfig):
         """The method of a layer by its full name in vLLM's model; None: the layer's own."""
         below = [name for name in self.entries if name == prefix or name.startswith(f"{prefix}.")]
         if not isinstance(layer, LinearBase):
-            if below and not list(layer.children()):
+            if below:
                 raise InputError(
                     f"{prefix} is quantized, and fewbit's plugin serves linear layers only; dequantize it"
                 )
