@@ -91,7 +91,7 @@ def test_other_versions_and_shapes_of_awq_are_refused():
     ):
         with pytest.raises(InputError, match=words):
             entries_of(awq, config, stored | {name: tensor})
-    assert "4-bit integers, not int3" in awq.holds(int_format(3, scale=FP16))
+    assert "integers of 4 bits, not int3" in awq.holds(int_format(3, scale=FP16))
     assert "8 rows into a word" in awq.holds(int_format(4, scale=FP16), (60, 96))
     own = entries_of(awq, {"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "version": "GEMM"}, stored)
     assert own["m"].format.block == Group(32)  # AutoAWQ's own names

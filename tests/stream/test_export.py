@@ -166,7 +166,7 @@ def test_what_a_layout_cannot_hold_is_refused_by_layer_and_leaves_nothing(made, 
     for name, target, words in (
         ("int4", "bitsandbytes", "q_proj cannot be exported as it is: bitsandbytes holds nf4"),
         ("nf4", "gptq", "not nf4; choose another layout, or allow a second rounding with --requantize"),
-        ("int3", "awq", "4-bit integers, not int3"),
+        ("int3", "awq", "integers of 4 bits, not int3"),
         ("mixed", "gptq", "one width, group size and symmetry for all modules"),
         ("nf4", "compressed-tensors", "not nf4"),
     ):

@@ -196,7 +196,8 @@ def make_recipe(
     name: str | None, file: Path | None, bits: int | None, group_size: int | None, settings: list[str] | None
 ) -> Recipe:
     """The recipe that the options describe. Raises ``InputError`` when they contradict each other."""
-    from fewbit.recipe import from_yaml, named
+    from fewbit.recipe import named
+    from fewbit.recipe.entry import from_file
 
     given = _settings(bits, group_size, settings or [])
     if (name is None) == (file is None):
@@ -209,15 +210,7 @@ def make_recipe(
             f"a recipe file is complete and takes no setting {next(iter(given))!r}; edit the file, or use -r "
             "with --set"
         )
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(
-            f"recipe file {file} cannot be read ({reason}); give a YAML file such as fewbit_recipe.yaml of a "
-            "checkpoint"
-        ) from None
-    return from_yaml(text, str(file))
+    return from_file(file).recipe
 
 
 def _settings(bits: int | None, group_size: int | None, pairs: list[str]) -> dict[str, str]:

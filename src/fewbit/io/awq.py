@@ -30,7 +30,7 @@ from fewbit.grid import by_name
 from fewbit.grid.integer import Int
 from fewbit.io.base import TensorInfo
 from fewbit.io.entry import Entry, Shape
-from fewbit.io.parts import STEPS, as_dtype, from_words, info, plain_steps, take, to_words
+from fewbit.io.parts import STEPS, as_dtype, from_words, info, no_integers, plain_steps, take, to_words
 
 quant_method = "awq"
 optional, input_names = (), {}
@@ -42,16 +42,9 @@ def holds(format: Format, shape: Shape | None = None, activation: Activation | N
     """Why a weight in ``format`` cannot be held; None when it can."""
     if activation is not None:
         return "AWQ files say nothing of quantized inputs"
-    if not isinstance(format.grid, Int) or format.grid.bits != 4:
-        return f"AWQ files hold 4-bit integers, not {format.grid.name}"
-    if type(format.block) not in (Group, Channel):
-        return f"AWQ files have one step per group or channel, not per {format.block}"
-    if format.zero not in (Zero.NONE, Zero.INTEGER):
-        return f"zeros are integers in AWQ files, not a {format.zero} zero"
-    if format.zero is Zero.NONE and not format.grid.signed:
-        return f"unsigned codes without a zero ({format.grid.name}) have no counterpart in AWQ files"
-    if plain_steps(format) is None:
-        return f"steps are float16 in AWQ files, not {format.scale}"
+    reason = no_integers("AWQ", (4,), format)
+    if reason is not None:
+        return reason
     if shape is not None and shape[0] % 8:
         return f"AWQ files pack 8 rows into a word, which do not divide {shape[0]}"
     return None

@@ -38,7 +38,7 @@ from fewbit.grid.integer import Int
 from fewbit.io.base import TensorInfo
 from fewbit.io.entry import Entry, Shape
 from fewbit.io.ordered import OrderedTensor, order_of
-from fewbit.io.parts import STEPS, as_dtype, from_words, info, plain_steps, take, to_words
+from fewbit.io.parts import STEPS, as_dtype, from_words, info, no_integers, plain_steps, take, to_words
 
 BITS = (2, 3, 4, 8)
 Read = Callable[[Collection[str]], Mapping[str, Tensor]]
@@ -66,16 +66,9 @@ class Gptq:
         """Why a weight in ``format`` cannot be held; None when it can."""
         if activation is not None:
             return "GPTQ files say nothing of quantized inputs"
-        if not isinstance(format.grid, Int) or format.grid.bits not in BITS:
-            return f"GPTQ files hold integers of 2, 3, 4 or 8 bits, not {format.grid.name}"
-        if type(format.block) not in (Group, Channel):
-            return f"GPTQ files have one step per group or channel, not per {format.block}"
-        if format.zero not in (Zero.NONE, Zero.INTEGER):
-            return f"zeros are integers in GPTQ files, not a {format.zero} zero"
-        if format.zero is Zero.NONE and not format.grid.signed:
-            return f"unsigned codes without a zero ({format.grid.name}) have no counterpart in GPTQ files"
-        if plain_steps(format) is None:
-            return f"steps are float16 in GPTQ files, not {format.scale}"
+        reason = no_integers("GPTQ", BITS, format)
+        if reason is not None:
+            return reason
         if shape is not None and (shape[0] % 32 or shape[1] % 32):
             return f"GPTQ files pack 32 rows and columns at a time, which do not divide {list(shape)}"
         return None

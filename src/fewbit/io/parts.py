@@ -14,7 +14,9 @@ from torch import Tensor
 from fewbit.errors import InputError
 from fewbit.format.affine import NATIVE
 from fewbit.format.bits import pack, row_bytes, unpack
-from fewbit.format.format import Format
+from fewbit.format.block import Channel, Group
+from fewbit.format.format import Format, Zero
+from fewbit.grid.integer import Int
 from fewbit.io.base import TensorInfo
 
 WORD = 4  # bytes of an int32
@@ -56,6 +58,22 @@ def missing(name: str) -> InputError:
     return InputError(
         f"the checkpoint has no tensor {name}, which its configuration asks for; it is incomplete"
     )
+
+
+def no_integers(name: str, bits: tuple[int, ...], format: Format) -> str | None:
+    """Why files called ``name``, of integers of ``bits`` cannot hold ``format``; or None."""
+    if not isinstance(format.grid, Int) or format.grid.bits not in bits:
+        widths = " or ".join(", ".join(map(str, bits)).rsplit(", ", 1))
+        return f"{name} files hold integers of {widths} bits, not {format.grid.name}"
+    if type(format.block) not in (Group, Channel):
+        return f"{name} files have one step per group or channel, not per {format.block}"
+    if format.zero not in (Zero.NONE, Zero.INTEGER):
+        return f"zeros are integers in {name} files, not a {format.zero} zero"
+    if format.zero is Zero.NONE and not format.grid.signed:
+        return f"unsigned codes without a zero ({format.grid.name}) have no counterpart in {name} files"
+    if plain_steps(format) is None:
+        return f"steps are float16 in {name} files, not {format.scale}"
+    return None
 
 
 def say(dtype: torch.dtype) -> str:
