@@ -167,17 +167,27 @@ def test_a_trained_model_is_saved_and_read_back_with_the_same_bits(tmp_path):
         make_saveable(tiny("llama"))
 
 
-def test_compiled_and_eager_training_take_the_same_step():
+@pytest.mark.parametrize(
+    ("fmt", "quant"),
+    [
+        (int_format(4), LSQ()),
+        (AFFINE, LearnedRange()),
+        (SYMMETRIC, Straight()),
+        (NF4, LearnedRange()),
+        (NVFP4, LearnedRange()),
+    ],
+)
+def test_compiled_and_eager_training_take_the_same_step_in_one_graph(fmt, quant):
     torch._dynamo.reset()
-    fmt = int_format(4)
-    layer = FakeLinear(nn.Linear(64, 32), fmt, LSQ(), activation=Activation(format=int_format(8)))
+    layer = FakeLinear(nn.Linear(64, 32), fmt, quant, activation=Activation(format=int_format(8)))
     twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-    for module, run in ((layer, layer), (twin, torch.compile(twin, backend="aot_eager"))):
+    for run in (layer, compiled):
         run(x).square().sum().backward()
-        assert module.weight_step.grad is not None
-    assert torch.equal(layer(x), torch.compile(twin, backend="aot_eager")(x))
+    assert torch.equal(layer(x), compiled(x))
     for (name, a), (_, b) in zip(layer.named_parameters(), twin.named_parameters(), strict=True):
+        assert a.grad is not None
         torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 

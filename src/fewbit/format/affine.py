@@ -73,7 +73,7 @@ def stored_steps(fmt: Format, raw: Tensor, x: Tensor) -> Tensor | QTensor:
     if dtype is not None:
         info = torch.finfo(dtype)
         tile = fmt.grid.height > 1 or fmt.codebook is not None  # nothing there need be all zero
-        unused = 0.0 if tile or fmt.grid.snap(raw.new_zeros(fmt.grid.width)).any() else 1.0
+        unused = 0.0 if tile else 1.0 - fmt.grid.snap(raw.new_zeros(fmt.grid.width)).any().to(raw.dtype)
         # float16 begins at 6.1e-5, above the steps of some 8-bit weights: there subnormals serve as well
         least = info.smallest_normal * (info.eps if dtype == torch.float16 else 1)
         size = torch.where(raw.abs() > 0, raw.abs(), unused).clamp(least, info.max)  # NaN is no step
