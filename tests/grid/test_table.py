@@ -1,5 +1,7 @@
 """Tables: nearest by brute force, ties down, NF4 from its construction and as shipped."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -109,3 +111,24 @@ def test_dynamic_map():
 def test_micro_scale_halves_or_keeps_a_pair():
     micro = by_name("micro1")
     assert (micro.bits, micro.values, micro.least) == (1, (0.5, 1.0), 0.5)
+
+
+@pytest.mark.parametrize("name", ["midrise2", "nf4", "fp4-bnb"])
+def test_compiled_rounding_is_the_eager_one_at_midpoints_and_their_neighbours_too(name):
+    """Above 8192 elements, where the eager one goes by cells."""
+    torch._dynamo.reset()
+    grid = by_name(name)
+    points = torch.unique(torch.tensor(grid.values, dtype=torch.float64))
+    ties = ((points[1:] + points[:-1]) / 2).float()
+    near = [ties, ties.nextafter(torch.tensor(torch.inf)), ties.nextafter(torch.tensor(-torch.inf))]
+    x = torch.cat([*near, torch.tensor([-9.0, 9.0]), torch.linspace(-4, 4, 9001)])
+    snap = torch.compile(grid.snap, backend="aot_eager", fullgraph=True)
+    assert torch.equal(snap(x), grid.snap(x))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_midrise_holds_the_odd_integers_about_zero(bits):
+    values = by_name(f"midrise{bits}").values
+    assert values == tuple(-v for v in reversed(values))
+    assert values[0] == 1 - 2**bits
+    assert {b - a for a, b in itertools.pairwise(values)} == {2}

@@ -36,26 +36,10 @@ ALIASES: dict[str, str] = {
 _BY_NAME = {grid.name: grid for grid in GRIDS}
 
 __all__ = [
-    "ALIASES",
-    "E8P",
-    "GRIDS",
-    "Description",
-    "Fixed",
-    "Float",
-    "Grid",
-    "Int",
-    "Learned",
-    "Points",
-    "Residual",
-    "Specials",
-    "Table",
-    "Trellis",
-    "by_name",
-    "describe",
-    "dynamic_map",
-    "lloyd_max",
+    "ALIASES", "E8P", "GRIDS", "Description", "Fixed", "Float", "Grid", "Int", "Learned", "Points",
+    "Residual", "Specials", "Table", "Trellis", "by_name", "describe", "dynamic_map", "lloyd_max",
     "normal_quantiles",
-]
+]  # fmt: skip
 
 
 def by_name(name: str) -> Grid:

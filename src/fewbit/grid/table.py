@@ -86,6 +86,16 @@ class Table(Grid):
         """The values at the given indices; see `Grid.value`."""
         return lookup(_values(self, codes.device, dtype), codes)
 
+    def snap(self, x: Tensor) -> Tensor:
+        """The nearest value, see `Grid.snap`; compiled, comparisons in a chain, which fuse."""
+        if not torch.compiler.is_compiling() or len(self.values) > 16:
+            return super().snap(x)
+        ranked, wide = sorted(self.values), x.double()  # in float64 a midpoint is exact
+        nearest = torch.full_like(x, ranked[0])
+        for low, high in itertools.pairwise(ranked):
+            nearest = torch.where(wide > (low + high) / 2, high, nearest)
+        return nearest
+
     def _list(self) -> range:
         return range(len(self.values))
 
@@ -235,5 +245,7 @@ FP4_BNB = Table("fp4-bnb", (*_FP4_BNB, *(-v for v in _FP4_BNB)))
 DYNAMIC8 = Table("dynamic8", dynamic_map())
 MICRO = Table("micro1", (0.5, 1.0))  # the 1-bit scale of a pair in shared microexponents (MX9, MX6, MX4)
 LLOYD: tuple[Table, ...] = tuple(Table(f"lloyd{bits}", lloyd_max(bits)) for bits in range(1, 9))
+# The 2^b odd integers about 0, without a zero: evenly spaced, and balanced at 2 bits (QuEST)
+MIDRISE: tuple[Table, ...] = tuple(Table(f"midrise{b}", range(1 - 2**b, 2**b, 2)) for b in range(1, 9))
 
-TABLES: tuple[Table, ...] = (NF2, NF3, NF4, AF4, FP4_BNB, DYNAMIC8, MICRO, *LLOYD)
+TABLES: tuple[Table, ...] = (NF2, NF3, NF4, AF4, FP4_BNB, DYNAMIC8, MICRO, *LLOYD, *MIDRISE)

@@ -18,15 +18,14 @@ from __future__ import annotations
 from fewbit.errors import InputError
 from fewbit.format import FP32, Channel, Format, Gaussian, Token
 from fewbit.format.activation import Activation
-from fewbit.grid import Table
+from fewbit.grid import Table, by_name
 
 
 def midrise(bits: int) -> Table:
-    """The 2^bits odd integers about 0: twice the points above. Raises ``InputError`` outside 1 to 8 bits."""
-    if not 1 <= bits <= 8:
+    """The 2^bits odd integers about 0, "midrise2" by name. Raises ``InputError`` outside 1 to 8 bits."""
+    if bits not in range(1, 9):
         raise InputError(f"QuEST's grid has 1 to 8 bits, got {bits!r}")
-    top = 2**bits - 1
-    return Table(f"midrise{bits}", range(-top, top + 1, 2))
+    return by_name(f"midrise{bits}")
 
 
 def quest_weight(bits: int) -> Format:
