@@ -13,15 +13,23 @@ from fewbit.train.fake import (
     Trust,
     fake,
 )
+from fewbit.train.gradients import clear, fp8_gradients, gradient, gradients, set_gradient
+from fewbit.train.guard import Guard, LossScaler, clip_gradients
+from fewbit.train.levels import LEVELS, O1, O2, O3, OPTIMIZERS, Level, low_adamw, stable_adamw
 from fewbit.train.linear import FakeLinear
 from fewbit.train.lowlinear import LowLinear, lower, restore
+from fewbit.train.optimizer import LowAdamW
 from fewbit.train.prepare import convert, prepare
 from fewbit.train.products import Keep, Product, Products
 from fewbit.train.quest import midrise, quest_input, quest_weight
 from fewbit.train.scalings import PRODUCTS, switchback, tensorwise
+from fewbit.train.states import STATES, States
 
 __all__ = [
-    "LSQ", "PACT", "PRODUCTS", "Clipped", "FakeLinear", "FakeQuant", "Identity", "Interior", "Keep",
-    "LearnedRange", "LowLinear", "Product", "Products", "Straight", "Surrogate", "Trust", "convert", "fake",
-    "lower", "midrise", "prepare", "quest_input", "quest_weight", "restore", "switchback", "tensorwise",
+    "LEVELS", "LSQ", "O1", "O2", "O3", "OPTIMIZERS", "PACT", "PRODUCTS", "STATES", "Clipped",
+    "FakeLinear", "FakeQuant", "Guard", "Identity", "Interior", "Keep", "LearnedRange", "Level",
+    "LossScaler", "LowAdamW", "LowLinear", "Product", "Products", "States", "Straight", "Surrogate",
+    "Trust", "clear", "clip_gradients", "convert", "fake", "fp8_gradients", "gradient", "gradients",
+    "low_adamw", "lower", "midrise", "prepare", "quest_input", "quest_weight", "restore",
+    "set_gradient", "stable_adamw", "switchback", "tensorwise",
 ]  # fmt: skip

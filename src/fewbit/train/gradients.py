@@ -1,4 +1,4 @@
-"""Gradients in a Format: each is cast as soon as autograd has produced it, so that no model of wide ones lives.
+"""Gradients in a Format: each is cast as soon as autograd has made it, so that few wide ones live at once.
 
     after backward, of a covered parameter p:   p.grad is None,   p.low_grad is a QTensor
     of every other parameter:                   p.grad as always
@@ -8,18 +8,18 @@ That attribute is the whole contract. `gradient` reads it (whichever of the two 
 gradient itself: a mean over ranks, a clip or the inverse of a loss scale is a change of ``scale`` alone
 (`rescale`), free and exact. Of a sharded parameter (DTensor) the QTensor is that of the local shard.
 
-A gradient with NaN or Inf gets the step NaN and so is NaN as a whole: FP8 saturates, and a saturated Inf would
-look like an honest 448. Norms then are NaN, and ``fewbit.train.guard`` skips the step.
+A gradient with NaN or Inf gets the step NaN and so is NaN as a whole: FP8 saturates, and a saturated Inf
+would look like an honest 448. Norms then are NaN, and ``fewbit.train.guard`` skips the step.
 
-A second backward before the update (micro-batches) adds to what is there: dequantize, add in float32, quantize
-with a step fitted to the sum.
+A second backward before the update (micro-batches) adds to what is there: dequantize, add in float32,
+quantize with a step fitted to the sum.
 
     FP8-LM: g8 = E4M3(g / s),  s = 2^ceil(log2(max|g| / 448))     section 2.1; s is kept, not 1 / s
 
 FP8-LM: Training FP8 Large Language Models, Peng et al. 2023, https://arxiv.org/abs/2310.18313.
 
-Road not taken: a gradient buffer of the whole model in FP8 (Megatron). It needs every size beforehand and ties
-the optimizer to one flat layout; here a tensor keeps its own step.
+Road not taken: a gradient buffer of the whole model in FP8 (Megatron). It needs every size beforehand and
+ties the optimizer to one flat layout; here a tensor keeps its own step.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fewbit.errors import InputError
 from fewbit.format import Format, QTensor, value_of
+from fewbit.train.shards import local
 from fewbit.train.states import check, one_step, quantize
 
 E4M3 = one_step("e4m3fn")
@@ -69,11 +70,6 @@ def wide(g: QTensor | Tensor) -> Tensor:
     return g.dequantize() if isinstance(g, QTensor) else local(g).float()
 
 
-def local(x: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: the shard of a DTensor, or the tensor itself."""
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
 def rescale(g: QTensor | Tensor, factor: Tensor | float) -> QTensor | Tensor:
     """``factor * g``. Of a QTensor the steps alone change; a wide gradient is multiplied in place."""
     if not isinstance(g, QTensor):
@@ -81,32 +77,41 @@ def rescale(g: QTensor | Tensor, factor: Tensor | float) -> QTensor | Tensor:
     return replace(g, scale=value_of(g.scale) * factor)
 
 
-def fp8_gradients(
-    model: nn.Module, fmt: Format = E4M3, *, min_size: int = LEAST
-) -> dict[str, RemovableHandle]:
-    """From now on, keep the gradients of the linears' weights in ``fmt``; handles to undo it, by name.
+def covered(model: nn.Module, *, min_size: int = LEAST) -> dict[str, Tensor]:
+    """The parameters that are worth few bits, by name: weights of ``nn.Linear`` layers of at least
+    ``min_size`` elements that train and are not tied to an embedding.
 
-    Covered are weights of ``nn.Linear`` layers of at least ``min_size`` elements that train and are not tied
-    to an embedding. Norms, biases and embeddings stay wide: few, or of mixed magnitudes. Raises ``InputError``
-    for a format that has no plain float step, and where nothing is covered.
+    Norms, biases and embeddings stay wide: few, or of mixed magnitudes. Raises ``InputError`` where nothing
+    is left.
     """
-    check(fmt, "a gradient")
-    if fmt.scale is None:
-        raise InputError(f"gradients need a step of their own, and {fmt} has none; take {E4M3}")
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - tables
-    chosen = {
+    found = {
         name: p
         for name, p in model.named_parameters()
         if id(p) in linears and p.requires_grad and local(p).numel() >= min_size
     }
-    if not chosen:
+    if not found:
         raise InputError(
-            f"no weight of a linear layer of {type(model).__name__} trains and has {min_size} elements or more; "
-            "lower min_size"
+            f"no weight of a linear layer of {type(model).__name__} trains and has {min_size} elements or "
+            "more; lower min_size"
         )
-    for p in chosen.values():
-        fmt.check(local(p).shape, "a gradient")
+    return found
+
+
+def fp8_gradients(
+    model: nn.Module, fmt: Format = E4M3, *, min_size: int = LEAST
+) -> dict[str, RemovableHandle]:
+    """From now on, keep the gradients of the `covered` parameters in ``fmt``; handles to undo it, by name.
+
+    Raises ``InputError`` for a format that has no plain float step, and where nothing is covered.
+    """
+    check(fmt, "a gradient")
+    if fmt.scale is None:
+        raise InputError(f"gradients need a step of their own, and {fmt} has none; take {E4M3}")
+    chosen = covered(model, min_size=min_size)
+    for name, p in chosen.items():
+        fmt.check(local(p).shape, f"the gradient of {name}")
     return {name: p.register_post_accumulate_grad_hook(_Cast(fmt)) for name, p in chosen.items()}
 
 

@@ -7,16 +7,16 @@
     bytes       8      5                     2.03           2.03                    1.06
 
 Why the parts differ: m is a direction and forgives eight bits. v is a square, so its elements span twice as
-many binades as the gradient's, and its root divides: an element of v that became zero makes a step of m / eps.
-So v has more range (FP16 under a step of its own has 40 binades) or more steps (one for 256 elements), and what
-is positive stays positive (`quantize`). The master weight takes additions of 1e-3 of itself and needs the
-fraction of FP16.
+many binades as the gradient's, and its root divides: an element of v that became zero makes a step of
+m / eps. So v has more range (FP16 under a step of its own has 40 binades) or more steps (one for 256
+elements), and what is positive stays positive (`quantize`). The master weight takes additions of 1e-3 of
+itself and needs the fraction of FP16.
 
 Steps of fp8-lm are powers of two: what an update does not touch is stored again without any change.
 
-FP8-LM: Training FP8 Large Language Models (section 2.2), https://arxiv.org/abs/2310.18313; 8-bit Optimizers via
-Block-wise Quantization, https://arxiv.org/abs/2110.02861 (the dynamic maps); Memory Efficient Optimizers with
-4-bit States, https://arxiv.org/abs/2309.01507 (v without a zero); E4M3 per 256: torchao.optim.AdamWFp8.
+FP8-LM: Training FP8 Large Language Models (section 2.2), https://arxiv.org/abs/2310.18313; 8-bit Optimizers
+via Block-wise Quantization, https://arxiv.org/abs/2110.02861 (the dynamic maps); Memory Efficient Optimizers
+with 4-bit States, https://arxiv.org/abs/2309.01507 (v without a zero); E4M3 per 256: torchao.optim.AdamWFp8.
 
 Shapes: a part has the shape of its parameter, or of the local shard of a sharded one.
 
@@ -56,21 +56,22 @@ def per(size: int, grid: str | Table) -> Format:
 
 
 def unsigned_map() -> tuple[float, ...]:
-    """The 256 values of the unsigned dynamic map: for i = 0..6 the means of 2^(i + 1) equal intervals of
-    [0.1, 1], times 10^(i - 6); 0; and 1.
-    """
-    means = [
-        10.0 ** (i - 6) * (0.1 + 0.9 * (2 * j + 1) / 2 ** (i + 2)) for i in range(7) for j in range(2 << i)
-    ]
-    return (0.0, *means, 1.0)
+    """The 256 values of the unsigned dynamic map: 0, seven decades with 2, 4, ..., 128 means each, and 1."""
+    return (0.0, *_means(decades=7, first=2), 1.0)
 
 
 def signed_map4() -> tuple[float, ...]:
     """The 16 values of the signed dynamic map in 4 bits: three decades with 1, 2 and 4 means each; 0; 1."""
-    means = [
-        10.0 ** (i - 2) * (0.1 + 0.9 * (2 * j + 1) / 2 ** (i + 1)) for i in range(3) for j in range(1 << i)
-    ]
+    means = _means(decades=3, first=1)
     return (*(-v for v in reversed(means)), 0.0, *means, 1.0)
+
+
+def _means(*, decades: int, first: int) -> list[float]:
+    """In each decade below 1 the means of equal intervals of [0.1, 1], ascending: ``first`` of them in the
+    lowest, twice as many in each that follows.
+    """
+    n = [(10.0 ** (i + 1 - decades), first << i) for i in range(decades)]
+    return [ten * (0.1 + 0.9 * (2 * j + 1) / (2 * count)) for ten, count in n for j in range(count)]
 
 
 DYNAMIC_UNSIGNED8 = Table("dynamic-unsigned8", unsigned_map())
@@ -81,7 +82,7 @@ _TABLES = {t.name: t for t in (DYNAMIC_UNSIGNED8, DYNAMIC4, SIXTEENTHS)}
 
 @dataclass(frozen=True, kw_only=True)
 class States:
-    """The Formats of the parts; None keeps the part in float32 (master: the parameter itself is the master)."""
+    """The Formats of the parts; None keeps a part in float32 (master: the parameter itself is the master)."""
 
     first: Format | None = None
     second: Format | None = None
@@ -132,11 +133,7 @@ def quantize(
         fmt.check(x.shape)
         params = steps(fmt, *interval(fmt, x), x).params
         blocks = fmt.block.split(x)
-        finite = (
-            torch.isfinite(blocks.abs().amax(-1))
-            if blocks.shape[-1]
-            else torch.ones_like(params.scale).bool()
-        )
+        finite = torch.isfinite(blocks.abs().amax(-1))
         params = replace(params, scale=torch.where(finite, params.scale, math.nan))
     if positive:
         least = x.new_full((), fmt.grid.least)
@@ -150,8 +147,8 @@ def quantize(
 class Held:
     """One part of the state of one parameter: a tensor held in a Format, or float32 for None.
 
-    ``codes`` and ``scale`` are all that is kept; codes of fewer than 8 bits are packed. ``read`` and ``write``
-    go from and to float32 [*shape]; the storage stays where it is.
+    ``codes`` and ``scale`` are all that is kept; codes of fewer than 8 bits are packed. ``read`` and
+    ``write`` go from and to float32 [*shape]; the storage stays where it is.
     """
 
     def __init__(self, x: Tensor, fmt: Format | None, *, positive: bool = False):
@@ -215,8 +212,8 @@ class Held:
     def _same(self, shape: torch.Size) -> None:
         if shape != self.shape:
             raise InputError(
-                f"a saved state of shape {list(shape)} does not belong to a tensor of shape {list(self.shape)}; "
-                "load the states of the same model, cut into shards the same way"
+                f"a saved state of shape {list(shape)} does not belong to a tensor of shape "
+                f"{list(self.shape)}; load the states of the same model, cut into shards the same way"
             )
 
 
