@@ -79,9 +79,7 @@ class ACIQ(Range):
 
     def __post_init__(self):
         if self.prior is not None and self.prior not in tuple(Prior):
-            raise InputError(
-                f"prior {self.prior!r} is not known; use gauss, laplace or None (the data choose)"
-            )
+            raise InputError(f"prior {self.prior!r} is not known; use gauss, laplace or None (data choose)")
 
     def __call__(self, x, fmt, importance):
         two_sided, half = fmt.unit_points(), half_points(fmt)
@@ -145,9 +143,7 @@ def correct_bias(w: Tensor, q: QTensor, variance: bool = True) -> QTensor:
             "or group block"
         )
     if w.shape != q.shape:
-        raise InputError(
-            f"weights {list(w.shape)} are not those of codes {list(q.shape)}; give the originals"
-        )
+        raise InputError(f"weights {list(w.shape)} and codes {list(q.shape)} differ; give the originals")
     w, now = w.double(), q.dequantize(torch.float64)
     if variance:
         spread = now.std(-1, correction=0, keepdim=True)

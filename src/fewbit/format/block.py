@@ -110,19 +110,20 @@ class Group(Block):
 
     def __post_init__(self):
         if self.size < 1:
-            raise InputError(
-                f"group size {self.size} is not a positive number; use 16 to 256, or a channel block"
-            )
+            raise InputError(f"group size {self.size} is not positive; use 16 to 256, or a channel block")
 
     def check(self, shape, what="tensor"):
         n = shape[-1]
         if n % self.size:
             # powers of two first: kernels take nothing else
             fits = [g for g in (128, 64, 32, 16, 96, 48, 8) if g < self.size and n % g == 0]
-            hint = f"use --group-size {fits[0]}" if fits else "use -1 (one scale per row)"
-            named = f" (-g{fits[0]} after the name of a format)" if fits else ""
+            size = (
+                f"--group-size {fits[0]} (-g{fits[0]} after the name of a format)"
+                if fits
+                else "another format"
+            )
             raise InputError(
-                f"group size {self.size} does not divide the {n} input columns of {what}; {hint}{named} or "
+                f"group size {self.size} does not divide the {n} input columns of {what}; use {size} or "
                 "exclude this layer with a rule"
             )
 

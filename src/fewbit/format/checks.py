@@ -10,6 +10,7 @@ from fewbit.errors import InputError
 from fewbit.format.affine import Zero
 from fewbit.format.block import Channel, Flat, Group, PerTensor, Tiles
 from fewbit.format.fit import MSE, Clusters, OutputMSE
+from fewbit.format.leastsquares import LeastSquares
 from fewbit.grid.integer import Int
 from fewbit.grid.learned import Learned
 
@@ -19,11 +20,7 @@ if TYPE_CHECKING:
 
 def check_format(fmt: Format) -> None:
     """Raise ``InputError`` for a combination of a format's fields that means nothing."""
-    learned = (
-        isinstance(fmt.grid, Learned),
-        fmt.codebook is not None,
-        isinstance(fmt.range, Clusters),
-    )
+    learned = (isinstance(fmt.grid, Learned), fmt.codebook is not None, isinstance(fmt.range, Clusters))
     if any(learned) and not (all(learned) and fmt.zero is Zero.NONE):
         raise InputError(
             f"learned tables need a Learned grid, a codebook, range=Clusters() and no zero, got "
@@ -42,7 +39,7 @@ def check_format(fmt: Format) -> None:
             f"range {type(fmt.range).__name__} needs blocks within a row, Group(n) or Channel(), got "
             f"{fmt.block}; use MSE"
         )
-    if fmt.grid.height > 1 and isinstance(fmt.range, MSE | OutputMSE):
+    if fmt.grid.height > 1 and isinstance(fmt.range, MSE | OutputMSE | LeastSquares):
         raise InputError(
             f"range {type(fmt.range).__name__} tries steps on one block at a time, and {fmt.grid.name} "
             f"couples {fmt.grid.height} rows; use Gaussian()"

@@ -31,6 +31,7 @@ from fewbit.errors import InputError
 from fewbit.format.block import Channel, Flat, Group, PerTensor
 from fewbit.format.fit import MinMax, PowerOfTwo, Progressive, Scaling
 from fewbit.format.format import Divisor, Format, Zero
+from fewbit.format.leastsquares import LeastSquares
 from fewbit.grid import Int, by_name
 
 FP32 = Format(grid=by_name("fp32"))
@@ -82,11 +83,13 @@ def progressive(*, group: int = 128, protect: int = 119) -> Format:
 def ggml(bits: int, *, symmetric: bool, group: int = 32, step_bits: int = 0) -> Format:
     """Integers under a float16 step, and if not symmetric an offset, per ``group``.
 
-    With ``step_bits`` (K-quants) these are whole units themselves, of one float16 per 256 weights.
+    With ``step_bits`` (K-quants) these are whole units themselves, of one float16 per 256 weights, and are
+    searched as ggml does it; the blocks of 32 fit their largest element.
     """
     rule = {"range": MinMax(), "divisor": Divisor.SIGNED}
     steps = Format(grid=Int(step_bits or 8, signed=symmetric), block=Group(256 // group), scale=FP16, **rule)
     rule |= {"block": Group(group), "scale": steps if step_bits else FP16}
+    rule |= {"range": LeastSquares(weighted=False) if step_bits else MinMax()}
     if not symmetric:
         rule |= {"zero": Zero.OFFSET, "offsets": steps if step_bits else None}
     return Format(grid=Int(bits, signed=symmetric), **rule)

@@ -50,9 +50,7 @@ def fit(fmt: Format, x: Tensor, importance: Tensor | None = None, parent: Tensor
     # the sum tells at a fifth of the price; a compiled graph cannot ask
     if not torch.compiler.is_compiling() and not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).sum())
-        raise InputError(
-            f"tensor of shape {list(x.shape)} holds {bad} NaN or Inf values; nothing can be fitted"
-        )
+        raise InputError(f"tensor of shape {list(x.shape)} holds {bad} NaN or Inf values; correct them")
     x = x if x.dtype == torch.float64 else x.float()
     if fmt.codebook is not None:
         return _learn(fmt, x, importance)

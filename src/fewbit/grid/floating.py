@@ -88,9 +88,7 @@ class Float(Grid):
         if self.specials is Specials.FNUZ and not self.signed:
             raise InputError(f"{self.name}: FNUZ keeps NaN in the place of -0, so it needs a sign; use FN")
         if self.specials is Specials.NONE and not self.saturate:
-            raise InputError(
-                f"{self.name} has no code for an overflow, so it can only saturate; drop saturate=False"
-            )
+            raise InputError(f"{self.name} has no code for an overflow and saturates; drop saturate=False")
         if self.bias > 127 or not 0 < self.max < 2.0**128:
             raise InputError(
                 f"{self.name} must fit into float32: bias at most 127 and max below 2^128, got {self.bias} "

@@ -35,9 +35,7 @@ class Int(Grid):
         if not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
             raise InputError(f"an integer grid has 1 to 8 bits, got {self.bits!r}")
         if self.narrow and not self.signed:
-            raise InputError(
-                f"uint{self.bits} cannot be narrow: narrow drops the most negative code; use signed=True"
-            )
+            raise InputError(f"uint{self.bits} cannot be narrow: that drops a negative code; use signed=True")
         if self.narrow and self.bits == 1:
             raise InputError("int1 cannot be narrow: only zero would be left; use at least 2 bits")
 

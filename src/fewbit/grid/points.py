@@ -51,9 +51,7 @@ class Points(Grid):
         if values is not None:
             object.__setattr__(self, "values", _checked(name, values))
         elif name not in _NAMES:
-            raise InputError(
-                f"no points are stored under {name!r}; give values, or one of {', '.join(_NAMES)}"
-            )
+            raise InputError(f"no points are stored under {name!r}; give values or {', '.join(_NAMES)}")
 
     def __getattr__(self, key: str):
         """``values`` of a stored grid, when first asked for: importing the library reads no file."""

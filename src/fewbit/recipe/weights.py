@@ -26,6 +26,7 @@ from fewbit.format import (
     Format,
     Gaussian,
     Group,
+    LeastSquares,
     MinMax,
     OutputMSE,
     Percentile,
@@ -48,6 +49,7 @@ RANGE_NAMES = {
     "absmax": AbsMax(), "minmax": MinMax(), "percentile": Percentile(), "mse": MSE(),
     "mse-plain": MSE(weighted=False), "output": OutputMSE(), "aciq": ACIQ(), "octav": OCTAV(),
     "gaussian": Gaussian(), "pow2": PowerOfTwo(),
+    "least-squares": LeastSquares(), "least-squares-plain": LeastSquares(weighted=False),
     **{f"pow2-{rule}": PowerOfTwo(rule=rule) for rule in Scaling},
 }  # fmt: skip
 

@@ -13,18 +13,6 @@ from fewbit.solve.solver import Need, Solver, SolverWarning, Stats
 SOLVERS = (Rtn, Ldlq, Hqq, Lwc, SignRound, Aimed, Gptvq, Aqlm)
 
 __all__ = [
-    "SOLVERS",
-    "Aimed",
-    "Aqlm",
-    "Gptvq",
-    "Hqq",
-    "Ldlq",
-    "Lwc",
-    "Need",
-    "Rtn",
-    "SignRound",
-    "Solver",
-    "SolverWarning",
-    "Stats",
-    "ldlq",
-]
+    "SOLVERS", "Aimed", "Aqlm", "Gptvq", "Hqq", "Ldlq", "Lwc", "Need", "Rtn", "SignRound", "Solver",
+    "SolverWarning", "Stats", "ldlq",
+]  # fmt: skip

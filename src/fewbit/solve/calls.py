@@ -42,9 +42,7 @@ class Target:
 
     def __post_init__(self):
         if self.activation is not None and self.activation.static and self.params is None:
-            raise InputError(
-                f"static input steps ({self.activation}) must be fitted before tuning; give params"
-            )
+            raise InputError(f"static input steps ({self.activation}) must be fitted first; give params")
 
 
 class Calls:

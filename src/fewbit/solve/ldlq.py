@@ -65,9 +65,7 @@ class Ldlq(Solver):
         if self.lazy < 1:
             raise InputError(f"lazy block of {self.lazy} columns is impossible; 128 is usual")
         if self.passes < 0:
-            raise InputError(
-                f"{self.passes} passes of refinement are impossible; give 0 or more, 10 is usual"
-            )
+            raise InputError(f"{self.passes} passes of refinement are impossible; 0 or more, 10 is usual")
         if self.act_order and not self.static_groups:
             raise InputError(
                 "act_order with static_groups=false would need a gather index (g_idx) that no engine reads "
@@ -250,9 +248,7 @@ def factor(h: Tensor, damp: float, width: int = 1) -> tuple[Tensor, Tensor]:
             continue
         used = max(10 * used, 1e-4)
         if used > 1e3:
-            raise InputError(
-                "the Gram matrix of a layer is not positive definite at any damping; check the weights"
-            )
+            raise InputError("the Gram matrix of a layer is indefinite at any damping; check the weights")
     if used > damp:
         warnings.warn(
             SolverWarning(f"Cholesky failed at damping {damp:g}; raised to {used:g} of the mean diagonal"),
@@ -280,7 +276,5 @@ def _beside(rows: list[tuple[Tensor, Tensor | None]], ws: Sequence[Tensor]) -> t
 def _tensor(scale: Tensor | QTensor) -> Tensor:
     """Refitted scales are joined along the groups; only plain tensors can be."""
     if isinstance(scale, QTensor):
-        raise InputError(
-            f"static_groups=false cannot join scales stored as {scale.format}; set static_groups=true"
-        )
+        raise InputError(f"scales stored as {scale.format} cannot be joined; set static_groups=true")
     return scale

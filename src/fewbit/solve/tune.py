@@ -118,9 +118,7 @@ class Tuner(Solver):
 
     def __post_init__(self):
         if self.let is not None and not self.let > 0:
-            raise InputError(
-                f"rate {self.let} of learned scales must be positive, or none for no such scales"
-            )
+            raise InputError(f"rate {self.let} of learned scales must be positive, or none without them")
         if self.steps < 1 or self.batch < 1 or not 1 <= self.looks <= self.steps or not self.rate > 0:
             raise InputError(
                 f"tuning with {self.steps} steps of {self.batch} calls at rate {self.lr} and {self.looks} "

@@ -55,9 +55,7 @@ class Awq(Chooser):
 
     def __post_init__(self):
         if self.points < 2 or self.rows < 1:
-            raise InputError(
-                f"a search over {self.points} exponents on {self.rows} rows is none; 20 and 128 are usual"
-            )
+            raise InputError(f"{self.points} exponents on {self.rows} rows: no search; 20 and 128 are usual")
 
     @property
     def needs(self):
