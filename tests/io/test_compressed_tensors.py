@@ -241,9 +241,9 @@ ROWS = int_format(8, block=Channel())
         (ROWS, {"format": Format(grid=E4M3, **TOKEN)}, "inputs in e4m3fn"),
         (ROWS, {"format": replace(INT8, range=Percentile())}, "largest magnitude there, not Percentile"),
         (
-            ROWS,
-            {"format": int_format(8, block=PerTensor(), asymmetric=True), "static": True},
-            "static steps of inputs are symmetric",
+            Format(grid=E4M3, block=Channel(), scale=FP32),
+            {"format": Format(grid=E4M3, **TENSOR, zero=Zero.OFFSET), "static": True},
+            "static inputs have one step, and integers one integer zero",
         ),
         (format_by_name("nvfp4"), {"format": format_by_name("nvfp4")}, "one stored step per tensor"),
         (format_by_name("mxfp4"), {"format": format_by_name("mxfp8-e4m3")}, "same MX format"),
@@ -370,8 +370,7 @@ def test_configurations_of_other_tools_are_read():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
-        ({"transform_config": {"config_groups": {}, "x": 1}}, "transform_config"),
+        ({"sparsity_config": {"format": "sparse-24"}}, "sparsity_config"),
         (
             {"input_activations": {"num_bits": 4, "dynamic": True, "strategy": "token"}},
             "int4 with inputs in int4",
@@ -384,8 +383,11 @@ def test_configurations_of_other_tools_are_read():
         ({"weights": None}, "describes no weights"),
         ({"weights": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 16}}, "4-bit float"),
         (
-            {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "actorder": "group"}},
-            "not read",
+            {
+                "format": "int-quantized",
+                "weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "actorder": "group"},
+            },
+            r"actorder group\), which is not read",
         ),
         ({"format": "marlin-24"}, "as marlin-24"),
         ({"targets": ["other"]}, "no config group names"),

@@ -77,7 +77,8 @@ class Commands(TyperGroup):
     def _misused(self, error: UsageError) -> None:
         ctx = error.ctx
         at = ctx.command_path.removeprefix(ctx.find_root().command_path) if ctx else ""
-        self._leave(2, f"{error.format_message().rstrip('.')}; `fewbit{at} --help` says what it takes")
+        said = error.format_message().rstrip(".").replace(": Value error, ", ": ")  # typer's own word for it
+        self._leave(2, f"{said}; `fewbit{at} --help` says what it takes")
 
     @staticmethod
     def _leave(code: int, sentence: str) -> None:

@@ -139,9 +139,7 @@ def activation_of(args: Mapping, steps: torch.dtype | None) -> Activation | None
     )
     if dynamic:
         return Activation(format=fmt)
-    return (
-        Activation(format=fmt, static=True) if symmetric and block == PerTensor() and steps in STEPS else None
-    )
+    return Activation(format=fmt, static=True) if block == PerTensor() and steps in STEPS else None
 
 
 def refuse_input(format: Format, activation: Activation) -> str | None:
@@ -174,10 +172,12 @@ def refuse_input(format: Format, activation: Activation) -> str | None:
         return f"int weights with int8 inputs have one step per {kinds} there, not per {format.block}"
     if not isinstance(own.grid, Int) and own.grid != E4M3:
         return f"FP8 inputs are e4m3fn there, not {own.grid.name}"
+    whole = own.zero is Zero.NONE or (own.zero is Zero.INTEGER and isinstance(own.grid, Int))
     if activation.static:
-        simple = own.zero is Zero.NONE and type(own.block) is PerTensor
-        return None if simple else f"static steps of inputs are symmetric, one per tensor there, not {own}"
-    if type(own.block) not in (Token, Channel, PerTensor, Group) or own.zero not in (Zero.NONE, Zero.INTEGER):
+        if type(own.block) is not PerTensor or not whole:
+            return f"static inputs have one step, and integers one integer zero, per tensor there, not {own}"
+        return None
+    if type(own.block) not in (Token, Channel, PerTensor, Group) or not whole:
         return f"inputs have steps per token, group or tensor there, not {own}"
     if own.range not in (AbsMax(), MinMax()):
         return f"steps of inputs follow their largest magnitude there, not {type(own.range).__name__}"

@@ -1,13 +1,10 @@
 """compressed-tensors in config.json: which Formats it holds, how they are written there, how they are read.
 
-Weights, and inputs that are quantized per token, group or tensor. What is not held is refused, not dropped:
-
-- ``transform_config``: no reader runs it on every device (a rotation that could be folded needs no entry; one
-  at every call is written natively);
-- ``kv_cache_scheme``: it stores static steps k_scale and v_scale, and a cache here belongs to a run, not to a
-  checkpoint: where its steps are fixed, ``fewbit.nn.kvlayer.calibrate`` finds them when the model is run;
-- activation order by ``weight_g_idx``, which the library itself gave up in 0.19. Orders "weight" and "static"
-  leave plain groups and are read.
+Weights, and inputs that are quantized per token, group or tensor; ``transform_config``, maps that run at
+every call (``fewbit.io.compressed_maps``); ``kv_cache_scheme``, fixed steps of keys and values
+(``fewbit.io.compressed_kv``). Activation order is ``actorder: group`` with a ``weight_g_idx`` per module,
+which the library itself gave up in 0.19; its orders "weight" and "static" leave plain groups. What is not
+held is refused, not dropped.
 
 The words of one format are those of ``fewbit.io.compressed_args``.
 """
@@ -15,8 +12,7 @@ The words of one format are those of ``fewbit.io.compressed_args``.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -25,28 +21,36 @@ from fewbit.format.activation import Activation
 from fewbit.format.block import Block2d, Channel, Group, PerTensor
 from fewbit.format.format import Format, Zero
 from fewbit.grid.integer import Int
+from fewbit.io import compressed_kv, compressed_maps
 from fewbit.io.compressed_args import (
     E4M3,
+    PACKED,
     activation_of,
     args_of,
     format_of,
     layout_of,
     refuse_input,
 )
+from fewbit.io.compressed_targets import targets
 from fewbit.io.parts import plain_steps
+from fewbit.nn.kvcache import KVFormat
+from fewbit.transform import Map
 
 QUANT_METHOD = "compressed-tensors"
 VERSION = "0.20.0"  # of the layout that is written
 MIXED = "mixed-precision"
-# Projections that vLLM fuses into one matrix, which has one scheme.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def refusal(format: Format, kind: str = "Linear", activation: Activation | None = None) -> str | None:
+def refusal(
+    format: Format, kind: str = "Linear", activation: Activation | None = None, *, ordered: bool = False
+) -> str | None:
     """Why ``format`` cannot be held for the weight of a module of class ``kind``; None when it can.
 
-    ``activation`` is how the module's input is quantized.
+    ``activation`` is how the module's input is quantized; ordered: whether its columns are grouped in another
+    order.
     """
+    if ordered and (layout_of(format, activation) != PACKED or type(format.block) is not Group):
+        return "columns in another order (act-order) go with packed integers in groups and float inputs there"
     if kind != "Linear":
         return f"compressed-tensors describes torch.nn.Linear modules only, and this is a {kind}"
     if format.scale is None:
@@ -86,75 +90,33 @@ def _refuse_integer(format: Format, activation: Activation | None) -> str | None
     return None
 
 
-def caveats(
-    formats: Mapping[str, Format], dtype: torch.dtype, inputs: Mapping[str, Activation] | None = None
-) -> list[str]:
-    """What a reader would do differently with a checkpoint of these modules, whose model is of ``dtype``.
-
-    One sentence each; none of them concerns fewbit's own reading. inputs: module -> how its input is
-    quantized.
-    """
-    inputs = inputs or {}
-    distinct, out = {f for f in formats.values() if plain_steps(f) is not None}, []
-    model, exact = str(dtype).removeprefix("torch."), (dtype, torch.float16, torch.bfloat16)
-    rounded = {f for f in distinct if plain_steps(f) not in (exact if dtype == torch.float32 else (dtype,))}
-    if rounded:
-        others = ", ".join(sorted({str(plain_steps(f)).removeprefix("torch.") for f in rounded}))
-        readers = (
-            "transformers and vLLM round" if any(f.grid != E4M3 for f in rounded) else "transformers rounds"
-        )
-        out.append(f"{readers} the {others} scales to the model's {model}; use {model} scales")
-    if any(f.zero is not Zero.NONE for f in distinct):
-        if len({json.dumps(_scheme(f)) for f in formats.values()}) > 1:
-            out.append("transformers 5.23 cannot load several formats when one of them is asymmetric")
-        elif any(plain_steps(f) != dtype for f in distinct - rounded):
-            out.append("transformers 5.23 rounds the decoded asymmetric weights to the dtype of their scales")
-    if dtype != torch.bfloat16 and any(plain_steps(f) is None for f in formats.values()):
-        out.append(f"transformers decodes MX and NVFP4 weights to bfloat16 and fails in a model of {model}")
-    if any(f.grid.bits == 1 for f in distinct):
-        out.append("vLLM reads 2 to 8 bits, not 1")
-    blocks = {f.block for f in distinct if type(f.block) is Block2d}
-    if blocks - {Block2d(128, 128)}:
-        out.append("vLLM has kernels for FP8 blocks of 128 x 128 only")
-    if any(type(a.format.block) is PerTensor and not a.static for a in inputs.values()):
-        out.append("vLLM finds steps of inputs per token, not one per call")
-    whole = [f for m, f in formats.items() if isinstance(f.grid, Int) and m in inputs]
-    if any(f.grid.bits < 8 for f in whole):
-        out.append("weights of less than 8 bits take a byte each there when inputs are quantized")
-    if any(f.grid.bits not in (4, 8) or f.zero is not Zero.NONE for f in whole):
-        out.append("vLLM reads symmetric weights of 4 or 8 bits with int8 inputs")
-    schemes = {m: json.dumps(_scheme(f, inputs.get(m))) for m, f in formats.items()}
-    for parts in _FUSED:
-        for parent in {m.rpartition(".")[0] for m in formats if m.rpartition(".")[2] in parts}:
-            if len({schemes.get(m) for m in _under(parent, parts)}) > 1:
-                out.append(f"vLLM fuses {', '.join(parts)} of {parent} and needs one format for them")
-                break
-    return out
-
-
-def _under(parent: str, parts: Collection[str]) -> list[str]:
-    return [f"{parent}.{part}" if parent else part for part in parts]
-
-
 def quantization_config(
     formats: Mapping[str, Format],
     ignore: Collection[str],
     inputs: Mapping[str, Activation | None] | None = None,
+    *,
+    ordered: Collection[str] = (),
+    maps: Mapping[str, Map | None] | None = None,
+    kv: KVFormat | None = None,
 ) -> dict:
     """The ``quantization_config`` of config.json.
 
     formats: module -> Format of every quantized module; ignore: every other torch.nn.Linear, the output head
-    included; inputs: module -> how its input is quantized. One scheme for all becomes the target "Linear";
-    several name their modules one by one.
+    included; inputs: module -> how its input is quantized; ordered: modules whose columns are grouped in
+    another order; maps: module -> what its input goes through at every call; kv: of keys and values. One
+    scheme for all becomes the target "Linear"; several name their modules one by one.
     """
     inputs = inputs or {}
     schemes: dict[str, list[str]] = {}
     for module, format in formats.items():
-        schemes.setdefault(json.dumps(_scheme(format, inputs.get(module))), []).append(module)
+        own = scheme(format, inputs.get(module))
+        if module in ordered:
+            own["weights"] |= {"actorder": "group"}
+        schemes.setdefault(json.dumps(own), []).append(module)
     groups = {}
-    for i, (scheme, modules) in enumerate(schemes.items()):
-        targets = ["Linear"] if len(schemes) == 1 else modules
-        groups[f"group_{i}"] = {"targets": targets, **json.loads(scheme), "output_activations": None}
+    for i, (text, modules) in enumerate(schemes.items()):
+        named = ["Linear"] if len(schemes) == 1 else modules
+        groups[f"group_{i}"] = {"targets": named, **json.loads(text), "output_activations": None}
     layouts = {group["format"] for group in groups.values()}
     asymmetric = any(f.zero is not Zero.NONE and inputs.get(m) is None for m, f in formats.items())
     return {
@@ -163,15 +125,16 @@ def quantization_config(
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(ignore),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if kv is None else compressed_kv.to_config(kv),
         "global_compression_ratio": None,
         "version": VERSION,
         # transformers 5.23 loads packed zero points only when it decodes while loading; others ignore this.
         **({"dequantize": True} if asymmetric else {}),
+        **compressed_maps.to_config(maps or {}),
     }
 
 
-def _scheme(format: Format, activation: Activation | None = None) -> dict:
+def scheme(format: Format, activation: Activation | None = None) -> dict:
     """Layout and ``QuantizationArgs`` of a Format; two Formats with the same scheme share a group."""
     given = None if activation is None else args_of(activation.format, dynamic=not activation.static)
     if activation is not None and activation.local:
@@ -196,11 +159,10 @@ def schemes_from_config(
     modules: name -> dtype of its ``weight_scale`` in the file; steps: name -> dtype of its ``input_scale``.
     Raises ``InputError`` for what is not read.
     """
-    for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
-        if config.get(key):
-            raise InputError(
-                f"this compressed-tensors checkpoint has a {key}, which is not read; use another one"
-            )
+    if config.get("sparsity_config"):
+        raise InputError(
+            "this compressed-tensors checkpoint has a sparsity_config, which is not read; use another one"
+        )
     groups = list((config.get("config_groups") or {}).values())
     for group in groups:
         if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
@@ -209,10 +171,10 @@ def schemes_from_config(
             )
         if group.get("output_activations"):
             raise InputError("this compressed-tensors checkpoint quantizes outputs, which is not read")
-    named, patterns = _targets(groups)
+    find = targets(groups)
     out = {}
     for module, dtype in modules.items():
-        group = named.get(module) or next((g for p, g in patterns if p.match(module)), named.get("Linear"))
+        group = find(module)
         if group is None:
             raise InputError(f"{module} is quantized in this checkpoint but no config group names it")
         fmt = _format(group, dtype, config)
@@ -220,36 +182,12 @@ def schemes_from_config(
     return out
 
 
-def _targets(groups: Sequence[Mapping]) -> tuple[dict[str, Mapping], list[tuple[re.Pattern, Mapping]]]:
-    """Groups by the modules and classes that they name, and by their patterns.
-
-    A pattern comes from a file, and Python's can take a time exponential in the length of a name: repeated
-    groups and more than four open repeats, with which that happens, are refused.
-    """
-    named, patterns = {}, []
-    for group in groups:
-        targets = group.get("targets", [])
-        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-            raise InputError(f"the targets of a config group are {targets!r:.60}, no names; they are broken")
-        for target in targets:
-            if not target.startswith("re:"):
-                named.setdefault(target, group)
-                continue
-            if re.search(r"[)][*+{]", target) or len(re.findall(r"[*+{]", target)) > 4 or len(target) > 2000:
-                raise InputError(
-                    f"the pattern {target!r:.60} of this compressed-tensors checkpoint repeats groups, or "
-                    "more than four times, which can take forever; name the modules instead"
-                )
-            patterns.append((re.compile(target[3:]), group))
-    if len(patterns) > 256:
-        raise InputError(f"this compressed-tensors checkpoint has {len(patterns)} patterns; 256 are read")
-    return named, patterns
-
-
 def _format(group: Mapping, dtype: torch.dtype, config: Mapping) -> Format:
     weights, layout = group["weights"], group.get("format")
     layout = layout or config.get("format")
-    found = None if weights.get("actorder") == "group" else format_of(weights, layout, dtype)
+    found = format_of(weights, layout, dtype)
+    if weights.get("actorder") == "group" and (layout != PACKED or group.get("input_activations")):
+        found = None
     if found is None:
         size = weights.get("group_size")
         strategy = weights.get("strategy") or ("tensor" if size is None else "channel")

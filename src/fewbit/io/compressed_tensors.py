@@ -4,6 +4,7 @@
     ("pack-quantized")     X.weight_scale       float [out, groups]             x = (q - z) * s
                            X.weight_zero_point  int32 [ceil(out * b / 32), groups], packed down the columns
                            X.weight_shape       int64 [2] = out, in
+                           X.weight_g_idx       int32 [in], the group of each column ("actorder": "group")
     integers, inputs too   X.weight             int8 [out, in], a byte also for fewer bits (W4A8)
     ("int-quantized")      X.weight_scale       float [out, groups] or [1]
                            X.weight_zero_point  int8, of the same shape
@@ -13,7 +14,7 @@
                            X.weight_scale       float8_e4m3fn [out, in / 16]
                            X.weight_global_scale  float32 [1], what is divided by: x = q s / G
     MXFP4, MXFP6, MXFP8    X.weight_packed or X.weight, X.weight_scale uint8 [out, in / 32]  E8M0
-    static inputs          X.input_scale        float [1]  (``fewbit.io.inputs``)
+    static inputs          X.input_scale        float [1], X.input_zero_point int8 [1] of asymmetric integers
     NVFP4 inputs ("local") X.input_global_scale  float32 [1], what steps are multiplied by, as of weights
 
 Packing is dense for every width, as the library's version 0.18 made it and as vLLM reads it; 0.17 itself
@@ -36,39 +37,48 @@ from torch import Tensor
 
 from fewbit.errors import InputError
 from fewbit.format.activation import Activation
-from fewbit.format.bits import pack, unpack
 from fewbit.format.block import Block2d, Channel, Group
-from fewbit.format.format import Format, Params, Zero
-from fewbit.format.named import BF16, E8M0
-from fewbit.format.qtensor import QTensor
+from fewbit.format.format import Format, Zero
+from fewbit.format.named import BF16
 from fewbit.grid.integer import Int
-from fewbit.io import inputs
+from fewbit.io import compressed_maps
 from fewbit.io.base import TensorInfo
-from fewbit.io.compressed_args import E4M3, NVFP4, PACKED, layout_of, pack_words, unpack_words
+from fewbit.io.compressed_args import E4M3, NVFP4, PACKED, layout_of
+from fewbit.io.compressed_caveats import caveats
 from fewbit.io.compressed_config import (
     QUANT_METHOD,
-    caveats,
     formats_from_config,
     quantization_config,
     refusal,
     schemes_from_config,
 )
+from fewbit.io.compressed_weights import (
+    GLOBAL,
+    from_dict,
+    input_names,
+    input_to_dict,
+    order_of_columns,
+    to_dict,
+)
 from fewbit.io.entry import Entry, Shape
-from fewbit.io.parts import info, missing, plain_steps, spread, take
+from fewbit.io.parts import info, missing, plain_steps, take
 
 __all__ = [
+    "GLOBAL",
     "QUANT_METHOD",
     "caveats",
     "formats_from_config",
     "from_dict",
+    "input_names",
+    "input_to_dict",
     "names",
     "quantization_config",
     "refusal",
     "to_dict",
 ]
 
-optional, input_names = (), {}
-GLOBAL = "input_global_scale"  # 1 / the stored step of inputs whose other steps are local
+# Read where they are there: zeros of symmetric weights, which must be 0, and groups of columns.
+optional = ("weight_zero_point", "weight_g_idx")
 
 
 def entries(config: Mapping, infos: Mapping[str, TensorInfo], read: Callable) -> dict[str, Entry]:
@@ -82,12 +92,27 @@ def entries(config: Mapping, infos: Mapping[str, TensorInfo], read: Callable) ->
         for end in (".weight_scale", ".input_scale")
     )
     found = schemes_from_config(config, dtypes, steps)
-    shapes = read([f"{m}.weight_shape" for m in found if f"{m}.weight_shape" in infos])
+    named = ("weight_shape", "weight_g_idx")
+    small = read([name for m in found for part in named if (name := f"{m}.{part}") in infos])
+    shapes = {m: _shape(m, f, infos, small.get(f"{m}.weight_shape")) for m, (f, _) in found.items()}
+    maps = compressed_maps.from_config(config, shapes, infos, read)
     out = {}
     for module, (fmt, activation) in found.items():
-        shape = _shape(module, fmt, infos, shapes.get(f"{module}.weight_shape"))
-        out[module] = Entry(format=_tiling(fmt, shape), shape=shape, activation=activation)
+        online, output = maps.get(module, (None, None))
+        out[module] = Entry(
+            format=_tiling(fmt, shapes[module]),
+            shape=shapes[module],
+            activation=activation,
+            online=online,
+            output=output,
+            ordered=order_of_columns(module, small, fmt, shapes[module]) is not None,
+        )
     return out
+
+
+def beside(config: Mapping, infos: Mapping[str, TensorInfo]) -> list[str]:
+    """Names of tensors that are no parameters and belong to no weight: matrices of maps."""
+    return compressed_maps.stored(config, infos)
 
 
 def _shape(module: str, format: Format, infos: Mapping[str, TensorInfo], packed: Tensor | None) -> Shape:
@@ -135,74 +160,6 @@ def nearest(format: Format, shape: Shape) -> Format:
     return Format(grid=Int(bits), block=Channel() if size is None else Group(size), scale=BF16)
 
 
-def to_dict(module: str, q: QTensor, activation: Activation | None = None) -> dict[str, Tensor]:
-    """The tensors of a file for the quantized weight of ``module``, names as above.
-
-    activation: how its input is quantized, which decides the layout of integers. Raises ``InputError`` with
-    the reason where ``refusal`` gives one.
-    """
-    why = "an order of columns has no place there"
-    if isinstance(q, QTensor):
-        why = refusal(q.format, activation=activation)
-    if why:
-        raise InputError(
-            f"{module} cannot be written as compressed-tensors: {why}; write a native checkpoint"
-        )
-    parts = _steps(q)
-    match layout_of(q.format, activation):
-        case "pack-quantized":
-            parts["weight_packed"] = pack_words(q.format.grid, q.codes)
-            parts["weight_shape"] = torch.tensor(tuple(q.shape), dtype=torch.int64)
-            if q.zero is not None:
-                parts["weight_zero_point"] = pack_words(q.format.grid, q.zero.T).T.contiguous()
-        case "int-quantized":
-            parts["weight"] = _signed(q.format.grid, q.codes)
-            if q.zero is not None:
-                parts["weight_zero_point"] = torch.atleast_1d(_signed(q.format.grid, q.zero))
-        case "naive-quantized" | "float-quantized" | "mxfp8-quantized":
-            parts["weight"] = q.codes.view(torch.float8_e4m3fn)
-        case _:
-            parts["weight_packed"] = pack(q.codes, q.format.grid.bits)
-    return {f"{module}.{name}": tensor.contiguous() for name, tensor in parts.items()}
-
-
-def _steps(q: QTensor) -> dict[str, Tensor]:
-    if not isinstance(q.scale, QTensor):
-        return {"weight_scale": torch.atleast_1d(q.scale)}
-    if q.format.scale == E8M0:
-        return {"weight_scale": q.scale.codes}
-    outer = _inverse(q.scale.scale)
-    return {"weight_scale": q.scale.codes.view(torch.float8_e4m3fn), "weight_global_scale": outer}
-
-
-def _inverse(step: Tensor) -> Tensor:
-    """G [1] float32 whose reciprocal is ``step``, if there is one, and else the nearest."""
-    inverse = 1 / torch.atleast_1d(step.float())
-    for other in (inverse.nextafter(inverse * 2), inverse.nextafter(inverse / 2)):
-        inverse = torch.where((1 / inverse != step) & (1 / other == step), other, inverse)
-    return inverse
-
-
-def input_to_dict(module: str, activation: Activation, params: Params) -> dict[str, Tensor]:
-    """The tensors of a file for the static input of ``module``."""
-    if activation.local:
-        return {f"{module}.{GLOBAL}": _inverse(params.scale)}
-    return inputs.to_dict(module, params)
-
-
-def _signed(grid: Int, codes: Tensor) -> Tensor:
-    """int8 codes of b bits; unsigned ones move down by 2^(b-1)."""
-    return codes if grid.signed else (codes.to(torch.int16) - 2 ** (grid.bits - 1)).to(torch.int8)
-
-
-def _codes(grid: Int, tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
-    """Inverse of ``_signed`` for the tensor ``name``, whose numbers must fit into the grid's bits."""
-    stored = take(tensors, name, shape, torch.int8).to(torch.int16) + 2 ** (grid.bits - 1)
-    if stored.numel() and not 0 <= int(stored.min()) <= int(stored.max()) < 2**grid.bits:
-        raise InputError(f"{name} holds numbers of more than {grid.bits} bits; the file is damaged")
-    return grid.from_unsigned(stored)
-
-
 def names(
     module: str,
     format: Format,
@@ -220,75 +177,5 @@ def names(
     parts = ["weight_scale", "weight_packed" if "pack" in layout else "weight"]
     parts += {PACKED: ["weight_shape"], NVFP4: ["weight_global_scale"]}.get(layout, [])
     parts += ["weight_zero_point"] if format.zero is Zero.INTEGER else []
+    parts += ["weight_g_idx"] if ordered else []
     return [f"{module}.{part}" for part in parts]
-
-
-def from_dict(module: str, tensors: Mapping[str, Tensor], format: Format, shape: Shape) -> QTensor:
-    """Inverse of ``to_dict`` for the Format that ``entries`` gives; ``shape`` is [out, in].
-
-    Raises ``InputError`` for a missing tensor or another shape, such as the padded words of version 0.17.
-    """
-    format.block.check(shape, module)
-    size, zero, name = torch.Size(shape), None, f"{module}.weight"
-    blocks = format.block.scale_shape(shape)
-    if plain_steps(format) is None:
-        scale = _nested(module, tensors, format, blocks)
-    else:
-        scale = _plain(module, tensors, format, shape)
-    if name in tensors:
-        if isinstance(format.grid, Int):
-            codes = _codes(format.grid, tensors, name, shape)
-            if format.zero is Zero.INTEGER:
-                zero = _codes(format.grid, tensors, f"{name}_zero_point", blocks or (1,)).reshape(blocks)
-        else:
-            codes = take(tensors, name, shape, torch.float8_e4m3fn).view(torch.uint8)
-    elif plain_steps(format) is None:
-        packed = (shape[0], shape[1] * format.grid.bits // 8)
-        codes = unpack(take(tensors, f"{name}_packed", packed, torch.uint8), format.grid.bits, shape[1])
-    else:
-        if format.zero is Zero.INTEGER:
-            stored = _get(tensors, f"{module}.weight_zero_point", torch.int32)
-            zero = unpack_words(format.grid, stored.T, shape[0], module).T.contiguous()
-        words = _get(tensors, f"{module}.weight_packed", torch.int32)
-        codes = unpack_words(format.grid, words, shape[1], module)
-    q = QTensor(codes=codes, scale=scale, zero=zero, format=format, shape=size)
-    if tuple(codes.shape) != tuple(shape) or (zero is not None and tuple(zero.shape) != tuple(blocks)):
-        raise InputError(
-            f"the codes or zeros of {module} have shape {list(codes.shape)} instead of {list(shape)}; "
-            "configuration and file do not belong together"
-        )
-    return q
-
-
-def _nested(module: str, tensors: Mapping[str, Tensor], format: Format, blocks: Shape) -> QTensor:
-    """Steps of NVFP4 or an MX format."""
-    kind = torch.uint8 if format.scale == E8M0 else torch.float8_e4m3fn
-    codes, outer = take(tensors, f"{module}.weight_scale", blocks, kind).view(torch.uint8), None
-    if kind != torch.uint8:
-        name = f"{module}.weight_global_scale"
-        inverse = take(tensors, name, (1,), torch.float32)[0]
-        if not 0 < inverse < math.inf:
-            raise InputError(f"{name} is {float(inverse)}, which nothing can be divided by; it is damaged")
-        outer = 1 / inverse
-    return QTensor(codes=codes, scale=outer, zero=None, format=format.scale, shape=torch.Size(blocks))
-
-
-def _plain(module: str, tensors: Mapping[str, Tensor], format: Format, shape: Shape) -> Tensor:
-    """Steps in their own dtype; of tiles that are cut short at the edges, for smaller ones that are not."""
-    blocks = format.block.scale_shape(shape)
-    scale = _get(tensors, f"{module}.weight_scale", plain_steps(format))
-    if scale.numel() == math.prod(blocks):
-        return scale.reshape(blocks)
-    if isinstance(format.block, Block2d) and scale.shape == tuple(-(-n // 128) for n in shape):
-        return spread(scale, shape, (format.block.rows, format.block.cols), (128, 128))
-    raise InputError(
-        f"{module}.weight_scale has shape {list(scale.shape)}, but a weight of shape {list(shape)} in "
-        f"{format} has scales of shape {list(blocks)}; configuration and file do not belong together"
-    )
-
-
-def _get(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
-    """A tensor of any shape."""
-    if name not in tensors:
-        raise missing(name)
-    return take(tensors, name, tuple(tensors[name].shape), dtype)
