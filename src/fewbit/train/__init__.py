@@ -1,5 +1,6 @@
 """Training with quantization in the loop: fake quantization with a gradient, prepare, convert."""
 
+from fewbit.train.distill import forward_kl, kd_loss, sample_text
 from fewbit.train.fake import (
     LSQ,
     PACT,
@@ -29,7 +30,8 @@ __all__ = [
     "LEVELS", "LSQ", "O1", "O2", "O3", "OPTIMIZERS", "PACT", "PRODUCTS", "STATES", "Clipped",
     "FakeLinear", "FakeQuant", "Guard", "Identity", "Interior", "Keep", "LearnedRange", "Level",
     "LossScaler", "LowAdamW", "LowLinear", "Product", "Products", "States", "Straight", "Surrogate",
-    "Trust", "clear", "clip_gradients", "convert", "fake", "fp8_gradients", "gradient", "gradients",
-    "low_adamw", "lower", "midrise", "prepare", "quest_input", "quest_weight", "restore",
-    "set_gradient", "stable_adamw", "switchback", "tensorwise",
+    "Trust", "clear", "clip_gradients", "convert", "fake", "forward_kl", "fp8_gradients",
+    "gradient", "gradients", "kd_loss", "low_adamw", "lower", "midrise", "prepare", "quest_input",
+    "quest_weight", "restore", "sample_text", "set_gradient", "stable_adamw", "switchback",
+    "tensorwise",
 ]  # fmt: skip

@@ -1,0 +1,87 @@
+"""Distillation: the chunked loss is the plain one, and a model writes as the paper says."""
+
+import pytest
+import torch
+from tiny import tiny
+from torch import nn
+
+from fewbit.errors import InputError
+from fewbit.train import kd_loss, sample_text
+
+
+@pytest.mark.parametrize("chunk", [3, 7, 64])
+def test_the_chunked_loss_and_its_gradients_are_those_of_all_logits_at_once(chunk):
+    g = torch.Generator().manual_seed(0)
+    head, other = nn.Linear(16, 50), nn.Linear(16, 50)
+    states, target = (torch.randn(2, 7, 16, generator=g) for _ in range(2))
+    found = {}
+    for way in ("chunked", "plain"):
+        h = states.clone().requires_grad_()
+        head.zero_grad()
+        if way == "chunked":
+            loss = kd_loss(h, target, head, other, chunk=chunk)
+        else:
+            p, q = other(target).log_softmax(-1).detach(), head(h).log_softmax(-1)
+            loss = nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
+        (3 * loss).backward()
+        found[way] = [loss.detach(), h.grad, head.weight.grad, head.bias.grad]
+    for a, b in zip(found["chunked"], found["plain"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert other.weight.grad is None
+
+
+def test_no_more_than_a_chunk_of_logits_exists():
+    """The head is asked for so many tokens at a time, and a frozen head has no gradient."""
+    head, seen = nn.Linear(8, 20).requires_grad_(False), []
+    head.register_forward_hook(lambda m, args, out: seen.append(len(out)))
+    h = torch.randn(10, 8).requires_grad_()
+    kd_loss(h, torch.randn(10, 8), head, chunk=4).backward()
+    assert seen == [4, 4, 4, 4, 2, 2]  # the teacher's and the student's
+    assert h.grad.abs().sum() > 0
+    assert head.weight.grad is None
+
+
+def test_equal_states_teach_nothing():
+    h = torch.randn(5, 8, requires_grad=True)
+    loss = kd_loss(h, h, nn.Linear(8, 20))
+    loss.backward()
+    assert loss == 0
+    assert h.grad.abs().max() < 1e-6
+    with pytest.raises(InputError, match="same tokens"):
+        kd_loss(h, h[:3], nn.Linear(8, 20))
+
+
+def test_text_begins_at_random_goes_on_by_the_largest_probability_and_then_by_chance():
+    model = tiny("llama")
+    seeded = lambda s: torch.Generator().manual_seed(s)  # noqa: E731
+    ids = sample_text(model, 6, 24, generator=seeded(0))
+    assert ids.shape == (6, 24)
+    assert torch.equal(ids, sample_text(model, 6, 24, generator=seeded(0)))
+    assert len(ids[:, 0].unique()) > 3
+    with torch.no_grad():
+        best = model(input_ids=ids).logits.argmax(-1)
+    likeliest = best[:, :-1] == ids[:, 1:]
+    assert likeliest[:, :3].all()  # the cache gives what a forward over the whole row gives
+    assert likeliest[:, 5:].float().mean() < 0.5
+    other = sample_text(model, 6, 24, generator=seeded(1), greedy=(23, 23))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=other).logits.argmax(-1)[:, :-1], other[:, 1:])
+
+
+def test_prompts_are_gone_on_from_and_a_new_text_follows_an_end():
+    model, prompts = tiny("llama"), torch.arange(12).view(3, 4)
+    ids = sample_text(model, 3, 9, prompts=prompts, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ids[:, :4], prompts)
+    vocabulary = tuple(range(model.config.vocab_size))
+    every = sample_text(model, 64, 4, generator=torch.Generator().manual_seed(0), ends=vocabulary)
+    assert len(every[:, 2].unique()) > 20  # each token ends a text: all are drawn from the vocabulary
+    with pytest.raises(InputError, match="nothing to write"):
+        sample_text(model, 3, 4, prompts=prompts)
+
+
+def test_a_sharp_temperature_is_greedy():
+    ids = [
+        sample_text(tiny("llama"), 2, 12, generator=torch.Generator().manual_seed(3), **how)
+        for how in ({"temperature": 1e-6}, {"greedy": (11, 11)})
+    ]
+    assert torch.equal(*ids)
