@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from fewbit.errors import InputError
-from fewbit.format import BF16, FORMATS, MSE, Channel, Format, Group, Zero
+from fewbit.format import BF16, FORMATS, MSE, Channel, Format, Group, PerTensor, Token, Zero
+from fewbit.format.activation import Activation
 from fewbit.grid import by_name
 from fewbit.recipe import RECIPES, Recipe, Rule, from_yaml, gptq, named, nf4, rtn
 from fewbit.solve import Ldlq, Need, Rtn
@@ -59,6 +60,22 @@ def test_settings_as_text_equal_settings_in_python():
 def test_wrong_words_are_answered(name, settings, says):
     with pytest.raises(InputError, match=says):
         named(name, settings)
+
+
+def test_inputs_have_names_that_engines_know():
+    """W4A8, NVFP4 with a stored step and the rest of the presets are one setting of rtn and gptq."""
+    nvfp4 = named("rtn", {"format": "nvfp4", "input": "nvfp4"}).rules[0]
+    assert nvfp4.input == Activation(format=nvfp4.weight, static=True)
+    assert nvfp4.input.local
+    four = named("gptq", {"input": "int8"}).rules[0]
+    assert (four.weight.grid.bits, four.input.format.grid.bits, four.input.static) == (4, 8, False)
+    assert four.input.format.block == Token()
+    static = named("rtn", {"input": "fp8-static"}).rules[0]
+    assert (static.input.format.block, static.input.format.grid.name) == (PerTensor(), "e4m3fn")
+    assert static.input.static
+    assert named("rtn", {"input": "none"}) == rtn()
+    with pytest.raises(InputError, match=r"input='int9' is unknown; choose one of int8, int8-static, fp8"):
+        named("gptq", {"input": "int9"})
 
 
 def test_the_first_matching_rule_decides():

@@ -8,7 +8,7 @@ the checkpoint needs no gather index. What each of the three brings is in docs/r
 from __future__ import annotations
 
 from fewbit.recipe.recipe import Recipe, Rule
-from fewbit.recipe.weights import weight_format
+from fewbit.recipe.weights import input_of, weight_format
 from fewbit.solve import Ldlq
 from fewbit.solve.blocktune import BlockTuning
 
@@ -24,14 +24,16 @@ def gptq(
     scale: str = "bf16",
     divisor: str = "full",
     format: str | None = None,
+    input: str | None = None,
     damp: float = 0.01,
     act_order: bool = True,
     static_groups: bool = True,
     lazy: int = 128,
     tune: int = 0,
 ) -> Recipe:
-    """Every linear layer of the blocks by GPTQ, weights only (W4A16 by default).
+    """Every linear layer of the blocks by GPTQ (W4A16 by default).
 
+    input: what layers read is rounded too: int8 or fp8 (per token; -static: stored steps), nvfp4, mxfp4...
     tune: updates of what is still float in a block after each group of its layers.
     """
     fmt = weight_format(
@@ -40,5 +42,5 @@ def gptq(
         divisor=divisor,
     )  # fmt: skip
     solver = Ldlq(damp=damp, act_order=act_order, static_groups=static_groups, lazy=lazy)
-    rule = Rule(match="*", weight=fmt, solver=solver)
+    rule = Rule(match="*", weight=fmt, solver=solver, input=input_of(input))
     return Recipe(name="gptq", rules=(rule,), tuning=BlockTuning.of(tune))

@@ -1,9 +1,11 @@
-"""Round to nearest: no calibration unless the range rule asks for it. The baseline of every comparison."""
+"""Round to nearest: no calibration unless the range rule or static inputs ask for it. The baseline of every
+comparison.
+"""
 
 from __future__ import annotations
 
 from fewbit.recipe.recipe import Recipe, Rule
-from fewbit.recipe.weights import weight_format
+from fewbit.recipe.weights import input_of, weight_format
 from fewbit.solve import Rtn
 
 
@@ -18,14 +20,18 @@ def rtn(
     scale: str = "bf16",
     divisor: str = "edge",
     format: str | None = None,
+    input: str | None = None,
 ) -> Recipe:
-    """Every linear layer of the blocks rounded to nearest, weights only."""
+    """Every linear layer of the blocks rounded to nearest.
+
+    input: what layers read is rounded too: int8 or fp8 (per token; -static: stored steps), nvfp4, mxfp4...
+    """
     fmt = weight_format(
         rtn, format, range, "minmax",
         bits=bits, grid=grid, group_size=group_size, symmetric=symmetric, zero=zero, scale=scale,
         divisor=divisor,
     )  # fmt: skip
-    return Recipe(name="rtn", rules=(Rule(match="*", weight=fmt, solver=Rtn()),))
+    return Recipe(name="rtn", rules=(Rule(match="*", weight=fmt, solver=Rtn(), input=input_of(input)),))
 
 
 def int8(*, group_size: int = -1, scale: str = "bf16") -> Recipe:

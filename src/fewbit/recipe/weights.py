@@ -1,6 +1,7 @@
 """The weight format that most recipes share: one grid, groups or rows, a range rule, a scale format.
 
 Or a block format of the literature by its name (``fewbit formats`` lists them), which settles all of these.
+Beside it inputs by a name: what engines multiply such weights by.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from fewbit.format import (
     PerTensor,
     PowerOfTwo,
     Scaling,
+    Token,
     Zero,
     format_by_name,
 )
+from fewbit.format.activation import Activation
 from fewbit.grid import by_name
 from fewbit.solve import Aimed, Hqq, Ldlq, Rtn
 from fewbit.transform import Incoherence
@@ -52,6 +55,26 @@ RANGE_NAMES = {
     "least-squares": LeastSquares(), "least-squares-plain": LeastSquares(weighted=False),
     **{f"pow2-{rule}": PowerOfTwo(rule=rule) for rule in Scaling},
 }  # fmt: skip
+INPUTS = (
+    "int8", "int8-static", "fp8", "fp8-static", "int4", "nvfp4", "mxfp4", "mxfp8",
+)  # fmt: skip
+
+
+def input_of(name: str | None) -> Activation | None:
+    """How a recipe's ``input`` rounds what its layers read; None leaves it in float.
+
+    int8, fp8, int4: one step per token, found at every call; -static: one per tensor, from calibration text;
+    nvfp4: one per 16, in units of a stored one; mxfp4, mxfp8: one per 32, found at every call.
+    """
+    if name is None:
+        return None
+    kind, _, static = choice("input", name, dict(zip(INPUTS, INPUTS, strict=True))).partition("-")
+    if kind in ("nvfp4", "mxfp4", "mxfp8"):
+        own = format_by_name({"mxfp8": "mxfp8-e4m3"}.get(kind, kind))
+        return Activation(format=own, static=kind == "nvfp4")
+    points = by_name({"fp8": "e4m3fn"}.get(kind, kind))
+    fmt = Format(grid=points, block=PerTensor() if static else Token(), scale=FP32)
+    return Activation(format=fmt, static=bool(static))
 
 
 def weight_format(recipe: Callable, format: str | None, range: str, default: str, **settings) -> Format:
