@@ -108,7 +108,7 @@ def _cast_gradient(
     tl.store(ht + down, tl.trans(_fp8(right, ht)), mask=(n < N)[:, None] & (m < M)[None, :])
 
 
-def cast(x: Tensor, amax: Tensor, dtype: torch.dtype, tile=(128, 64), warps=4) -> tuple[Tensor, ...]:
+def cast(x: Tensor, amax: Tensor, dtype: torch.dtype, tile=(64, 64), warps=4) -> tuple[Tensor, ...]:
     """``fewbit.kernel.cast.cast_fp8`` on CUDA; tile: rows and columns of a program."""
     x, (M, N) = x.contiguous(), x.shape
     q, qt = x.new_empty(M, N, dtype=dtype), x.new_empty(N, M, dtype=dtype)
@@ -121,7 +121,7 @@ def cast(x: Tensor, amax: Tensor, dtype: torch.dtype, tile=(128, 64), warps=4) -
 
 
 def cast_gradient(
-    dy: Tensor, s: Tensor, a: Tensor, dtype: torch.dtype, tile=(128, 64), warps=4, look=(32, 256, 4)
+    dy: Tensor, s: Tensor, a: Tensor, dtype: torch.dtype, tile=(64, 64), warps=4, look=(128, 128, 4)
 ) -> tuple[Tensor, ...]:
     """``fewbit.kernel.cast.cast_gradient_fp8`` on CUDA."""
     dy, (M, N) = dy.contiguous(), dy.shape

@@ -1,8 +1,8 @@
 """The product of two quantized matrices: C = A B^T, with A [m, k] and B [n, k] as codes and steps.
 
-    decoded   C = dq(A) dq(B)^T in float32, or in float64 where C is                      every format
-    int8      C[i, j] = s_A[i] s_B[j] sum_k q_A[i, k] q_B[j, k],  the sum in int32        one step a row or tensor
-    scaled    the same with E4M3 and E5M2 codes on tensor cores (``torch._scaled_mm``)    CUDA from 8.9 on
+    decoded   C = dq(A) dq(B)^T in float32, or in float64 where C is                    every format
+    int8      C[i, j] = s_A[i] s_B[j] sum_k q_A[i, k] q_B[j, k],  sums in int32         a step a row or tensor
+    scaled    the same of E4M3 and E5M2 codes on tensor cores (``torch._scaled_mm``)    CUDA from 8.9 on
 
 ``multiply`` takes the first of ``ROADS`` that supports the pair; the decoded one is the reference and stands
 last. Steps that vary along k (groups, tiles) are decoded: no sum over k can be scaled once at its end.
@@ -61,13 +61,13 @@ def check_scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> N
         )
     if a.shape[1] % ALIGNED or b.shape[1] % ALIGNED:
         raise InputError(
-            f"FP8 products need k and n in multiples of {ALIGNED}, got k = {a.shape[1]} and n = {b.shape[1]}; "
-            "pad with zeros"
+            f"FP8 products need k and n in multiples of {ALIGNED}, got k = {a.shape[1]} and "
+            f"n = {b.shape[1]}; pad with zeros"
         )
     if not a.is_contiguous() or not b.t().is_contiguous():
         raise InputError(
-            f"FP8 products need the first matrix by rows and the second by columns, got strides {a.stride()} and "
-            f"{b.stride()}; call contiguous() on the first and on the transpose of the second"
+            "FP8 products need the first matrix by rows and the second by columns, got strides "
+            f"{a.stride()} and {b.stride()}; call contiguous() on the first and on the second's transpose"
         )
     shapes = tuple(scale_a.shape), tuple(scale_b.shape)
     if shapes not in (((), ()), ((a.shape[0], 1), (1, b.shape[1]))):
@@ -77,18 +77,20 @@ def check_scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> N
         )
     if {scale_a.dtype, scale_b.dtype} != {torch.float32}:
         raise InputError(f"steps are float32, got {scale_a.dtype} and {scale_b.dtype}")
+    if not (scale_a.is_contiguous() and scale_b.is_contiguous()):
+        raise InputError("steps of rows lie one behind the other in memory; call contiguous() on them")
 
 
 def scaled_mm(a: QTensor, b: QTensor, dtype: torch.dtype, fast: bool) -> Tensor:
-    """a b^T by ``torch._scaled_mm``; fast: shorter sums on Hopper. Raises ``InputError`` by the rules of CUDA."""
+    """a b^T by ``torch._scaled_mm``; fast: shorter sums on Hopper. Raises ``InputError`` by CUDA's rules."""
     left = a.codes.contiguous().view(_DTYPES[a.format.grid])
     right = b.codes.contiguous().view(_DTYPES[b.format.grid]).t()
     s, t = a.scale, b.scale
     by_rows = s.ndim or t.ndim
     if by_rows:  # both or none
-        s, t = s.expand(len(left), 1).contiguous(), t.expand(len(b.codes), 1).reshape(1, -1)
+        s, t = s.expand(len(left), 1).contiguous(), t.expand(len(b.codes), 1).contiguous().view(1, -1)
     check_scaled_mm(left, right, s, t)
-    half = (by_rows and left.is_cuda) or dtype == torch.float64  # rows: bfloat16 alone is out of every version
+    half = (by_rows and left.is_cuda) or dtype == torch.float64  # by rows every version gives bfloat16
     out = torch.bfloat16 if half else dtype
     return torch._scaled_mm(left, right, s, t, out_dtype=out, use_fast_accum=fast).to(dtype)
 
