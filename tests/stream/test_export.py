@@ -191,7 +191,7 @@ def test_rounding_again_is_allowed_on_request_and_says_what_it_costs(made, tmp_p
         assert error < 0.15
 
 
-def test_act_order_stays_in_gptq_and_native_files_and_is_refused_elsewhere(tmp_path):
+def test_act_order_goes_to_gptq_compressed_tensors_and_native_files_and_is_refused_elsewhere(tmp_path):
     save_quantized("llama", tmp_path / "in", INT4)
     export(tmp_path / "in", "gptq", tmp_path / "plain", verify=False)
     tensors, order = (
@@ -213,16 +213,20 @@ def test_act_order_stays_in_gptq_and_native_files_and_is_refused_elsewhere(tmp_p
     x = torch.randn(3, 64)
     layer = load(tmp_path / "plain").get_submodule(module)
     torch.testing.assert_close(layer(x), x @ want.T)
-    for i, target in enumerate(("gptq_v2", "native", "gptq")):
-        done = export(tmp_path / "plain", target, tmp_path / str(i), verify=False)
+    before = tmp_path / "plain"
+    for i, target in enumerate(("gptq_v2", "native", "compressed-tensors", "gptq")):
+        done = export(before, target, tmp_path / str(i), verify=target == "compressed-tensors")
+        before = done.output
+        if target == "compressed-tensors":
+            assert "gave up columns in another order" in done.seen.why
         again = open_source(done.output)
         assert torch.equal(again.read([f"{module}.weight"])[f"{module}.weight"], want)
     model = load(tmp_path / "1")
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(open_source(tmp_path / "saved").read([f"{module}.weight"])[f"{module}.weight"], want)
     with pytest.raises(InputError, match="q_proj cannot be exported as it is: its columns are grouped"):
-        export(tmp_path / "plain", "compressed-tensors", tmp_path / "ct", verify=False)
-    done = export(tmp_path / "plain", "compressed-tensors", tmp_path / "ct", requantize=True, verify=False)
+        export(tmp_path / "plain", "awq", tmp_path / "awq", verify=False)
+    done = export(tmp_path / "plain", "awq", tmp_path / "awq", requantize=True, verify=False)
     assert [x.name for x in done.requantized] == [module]
 
 

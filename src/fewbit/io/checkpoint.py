@@ -114,6 +114,8 @@ class Checkpoint(SafetensorsSource):
         if self._codec is native:
             self.sites = native.sites_from_config(self.quantization_config)
         self._parts = {module: self._stored_names(module, entry) for module, entry in self.entries.items()}
+        beside = getattr(self._codec, "beside", None)
+        self._beside = beside(self.quantization_config, self._infos) if beside else []
         self._parts |= {s.name: self._all_there([f"{s.name}.{n}" for n in s.layout()]) for s in self.sites}
 
     @property
@@ -180,7 +182,7 @@ class Checkpoint(SafetensorsSource):
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Original names. A quantized weight counts as the float32 that ``read`` makes of it."""
-        hidden = {part for parts in self._parts.values() for part in parts}
+        hidden = {part for parts in self._parts.values() for part in parts} | set(self._beside)
         out = {name: info for name, info in super().tensors().items() if name not in hidden}
         for module, entry in self.entries.items():
             shape = entry.shape[::-1] if entry.transposed else entry.shape

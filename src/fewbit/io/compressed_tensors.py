@@ -99,13 +99,16 @@ def entries(config: Mapping, infos: Mapping[str, TensorInfo], read: Callable) ->
     out = {}
     for module, (fmt, activation) in found.items():
         online, output = maps.get(module, (None, None))
+        order = order_of_columns(module, small, fmt, shapes[module])
+        if order is not None and online is not None:
+            raise InputError(f"{module} has columns in another order and a map of its input; it is not read")
         out[module] = Entry(
             format=_tiling(fmt, shapes[module]),
             shape=shapes[module],
             activation=activation,
             online=online,
             output=output,
-            ordered=order_of_columns(module, small, fmt, shapes[module]) is not None,
+            ordered=order is not None,
         )
     return out
 

@@ -35,7 +35,16 @@ from fewbit.io.source import Source, open_source
 from fewbit.nn.blocks import linears
 from fewbit.stream.client import Seen, look
 from fewbit.stream.job import write_text
-from fewbit.stream.layouts import LAYOUTS, TARGETS, Layer, caveats, configuration, plan_layers
+from fewbit.stream.layouts import (
+    LAYOUTS,
+    TARGETS,
+    Layer,
+    beyond,
+    caveats,
+    configuration,
+    matrices,
+    plan_layers,
+)
 from fewbit.stream.shards import Shards
 
 STEPS_ONLY = 2**-10  # relative change of a weight that rounding its steps to float16 can make
@@ -138,12 +147,14 @@ def export(
         temporary.mkdir(parents=True)
         shards = Shards(temporary, shard_bytes)
         copied, floats = _write(source, codec, layers, shards, progress)
+        shards.add(matrices(target, layers, source.dtype))
         count = shards.finish()
         _configure(source, temporary, settings)
         seen = None
         if verify:
             layers = _compare(source, temporary, layers)
-            seen = look(temporary, target)
+            later = beyond(layers) if target == "compressed-tensors" else []
+            seen = Seen(difference=None, why=later[0]) if later else look(temporary, target)
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary.rename(output)
     finally:

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from fewbit.errors import InputError
 from fewbit.format.block import Block2d
 from fewbit.format.format import Format
-from fewbit.io import awq, bitsandbytes, compressed_tensors, fp8, gptq, native
+from fewbit.io import awq, bitsandbytes, compressed_maps, compressed_tensors, fp8, gptq, native
+from fewbit.io.compressed_config import refusal
 from fewbit.io.native import Entry
 from fewbit.io.source import Source
 
@@ -77,10 +80,13 @@ def plan_layers(source: Source, codec, kinds: Mapping[str, str], requantize: boo
 def _refusal(codec, entry: Entry) -> str | None:
     if entry.transposed:
         return "its weight is stored [in, out] (Conv1D), which the layout does not describe"
-    if entry.online is not None or entry.output is not None:
-        return "it takes a map of its input or output at every call"
     if entry.apart is not None:
         return "columns of it are kept in float"
+    if codec is compressed_tensors:
+        maps = compressed_maps.refusal(entry.online, entry.output)
+        return maps or refusal(entry.format, activation=entry.activation, ordered=entry.ordered)
+    if entry.online is not None or entry.output is not None:
+        return "it takes a map of its input or output at every call"
     if entry.ordered and not isinstance(codec, gptq.Gptq):
         return "its columns are grouped in another order (act-order)"
     return codec.holds(entry.format, entry.shape, entry.activation)
@@ -122,11 +128,31 @@ def configuration(target: str, layers: Mapping[str, Layer], left: Iterable[str],
     if target == "native":
         return native.quantization_config(entries, getattr(source, "sites", ()))
     if target == "compressed-tensors":
-        formats = {name: e.format for name, e in entries.items()}
-        return compressed_tensors.quantization_config(
-            formats, left, {name: e.activation for name, e in entries.items()}
+        formats, given, maps = (
+            {name: getattr(e, key) for name, e in entries.items()}
+            for key in ("format", "activation", "online")
         )
+        ordered = [name for name, e in entries.items() if e.ordered]
+        return compressed_tensors.quantization_config(formats, left, given, ordered=ordered, maps=maps)
     return LAYOUTS[target].quantization_config(entries, left)
+
+
+def matrices(target: str, layers: Mapping[str, Layer], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Tensors of maps that run at every call, where the layout stores them."""
+    maps = {name: layer.to.online for name, layer in layers.items()}
+    return compressed_maps.to_dict(maps, dtype) if target == "compressed-tensors" else {}
+
+
+def beyond(layers: Mapping[str, Layer]) -> list[str]:
+    """What the transformers and vLLM of today do not do of a compressed-tensors file."""
+    out = []
+    if any(layer.to.ordered for layer in layers.values()):
+        out.append(
+            "compressed-tensors reads columns in another order (actorder) up to 0.18; vLLM 0.32 does not"
+        )
+    if any(layer.to.online is not None for layer in layers.values()):
+        out.append("transformers 5.23 ignores transform_config and computes another model; vLLM runs it")
+    return out
 
 
 def caveats(target: str, layers: Mapping[str, Layer], source: Source) -> list[str]:
@@ -141,6 +167,7 @@ def caveats(target: str, layers: Mapping[str, Layer], source: Source) -> list[st
     if target == "compressed-tensors":
         given = {n: a for n, a in kept.items() if a is not None}
         out += compressed_tensors.caveats({n: x.to.format for n, x in layers.items()}, source.dtype, given)
+        out += beyond(layers)
     elif target == "fp8" and new:
         out.append("engines round the inputs of FP8 files to e4m3 per group of 128; the source did not")
     elif target == "bitsandbytes" and new and any(x.to.format.grid.name == "int8" for x in layers.values()):
