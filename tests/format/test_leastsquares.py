@@ -1,4 +1,4 @@
-"""Claims: refitting to the codes beats every interval that is only shrunk, and finds what was rounded before."""
+"""Claims: refitting to the codes beats intervals that are only shrunk, and finds what was rounded before."""
 
 import dataclasses
 

@@ -113,6 +113,7 @@ def show_result(result: Result, model: str, stream: IO[str]) -> None:
             ("bits", f"{plan.bits_per_weight:.2f} per quantized weight"),
             ("size", f"{_before(plan)} -> {size(written)}"),
             *([("experts", str(experts))] if experts else []),
+            *(("mind", text) for text in plan.fallbacks),
             ("verified", _verified(result.difference)),
             ("done", done),
         ],

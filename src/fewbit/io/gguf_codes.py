@@ -39,7 +39,7 @@ def holds(format: Format) -> str | None:
     """
     if format.scale is None and format.grid.name in FLOATS:
         return None
-    if _same_structure(format) is not None:
+    if same_structure(format) is not None:
         return None
     if not isinstance(format.grid, Int):
         return (
@@ -71,7 +71,7 @@ def encode(q: QTensor, what: str = "tensor") -> tuple[str, np.ndarray]:
         raise InputError(f"{what} cannot go into a GGUF as it is: {reason}")
     if q.format.scale is None:
         return _plain(q.dequantize(NATIVE[q.format.grid.name]))
-    kind = _same_structure(q.format)
+    kind = same_structure(q.format)
     if q.shape[-1] % 32:
         raise InputError(
             f"{what} cannot go into a GGUF as it is: its {q.shape[-1]} columns are no whole blocks of 32"
@@ -126,7 +126,7 @@ def settled(format: Format) -> str | None:
     """The ggml type of every tensor of a format that GGUF holds, or None where the numbers decide."""
     if format.scale is None:
         return FLOATS[format.grid.name]
-    kind = _same_structure(format)
+    kind = same_structure(format)
     if kind is not None:
         return kind.name
     if format.zero is Zero.OFFSET and not format.grid.signed and format.scale.grid.name == "fp16":
@@ -140,7 +140,7 @@ def settled(format: Format) -> str | None:
 # -- how a format lies in blocks --
 
 
-def _same_structure(format: Format) -> Kind | None:
+def same_structure(format: Format) -> Kind | None:
     """The K-quant or MXFP4 whose levels the format has; range rules and divisors leave no trace in them."""
     for name, fmt in FORMAT_OF.items():
         if fmt.scale is None or format.scale is None or format.grid != fmt.grid:

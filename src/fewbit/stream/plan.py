@@ -9,6 +9,7 @@ here.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from fewbit.errors import InputError
 from fewbit.format import Format, Zero
-from fewbit.io import compressed_tensors
+from fewbit.io import compressed_tensors, gguf_fallback
 from fewbit.io.skeleton import build_skeleton, parameter_map
 from fewbit.io.source import Source
 from fewbit.nn.experts import in_experts, is_fused, routers
@@ -83,7 +84,14 @@ def make_plan(
         chosen, peak = memory_whole(model, layers, used, device, depth, item_run)
     else:
         chosen, peak = memory(model, blocks, layers, used, device, depth, item_run, recipe)
-    caveats = _caveats(layers, source, used, reason, recipe.tuning)
+    fallbacks = gguf_fallback.said(
+        (x.module, x.shape[1], wanted, got)
+        for x in layers
+        if x.block >= 0
+        for (wanted, _), (got, _) in zip(recipe.rule_for(x.module).choices, x.rule.choices, strict=True)
+        if got != wanted
+    )
+    caveats = (*fallbacks, *_caveats(layers, source, used, reason, recipe.tuning))
     if learns(recipe):
         dtype = torch.float32 if device == "cpu" else source.dtype
         most, caveat = learning(recipe, layers, model, used, device, dtype)
@@ -106,6 +114,7 @@ def make_plan(
         seconds=seconds(model, layers, recipe, used, device, chosen),
         device=device,
         sites=sites,
+        fallbacks=fallbacks,
     )
     return plan, model, blocks, mapping
 
@@ -192,6 +201,7 @@ def assign(
             left.append(stored)
             continue
         shape = tuple(weight_of(module).shape)
+        rule = _fitting(rule, shape[1])
         for weight, input in rule.choices:
             weight.check(shape, f"layer {name}")
             if rule.basis is not None:
@@ -226,6 +236,13 @@ def assign(
             f"recipe {recipe.name!r} leaves every layer as it is; give a rule with a weight format"
         )
     return layers, left
+
+
+def _fitting(rule: Rule, columns: int) -> Rule:
+    """The rule with formats whose blocks tile rows of ``columns``, where llama.cpp would take others."""
+    weight = gguf_fallback.fitting(rule.weight, columns)
+    others = [replace(a, weight=gguf_fallback.fitting(a.weight, columns)) for a in rule.alternatives]
+    return replace(rule, weight=weight, alternatives=tuple(others))
 
 
 def _check_experts(blocks: Blocks) -> None:

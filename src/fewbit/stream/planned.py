@@ -127,6 +127,7 @@ class Plan:
     seconds: float
     device: str
     sites: tuple[PlannedSite, ...] = ()  # tensors of an encoder that no linear reads, and are rounded
+    fallbacks: tuple[str, ...] = ()  # of the caveats, formats that some layers get in another's place
 
     @property
     def bits_per_weight(self) -> float:
