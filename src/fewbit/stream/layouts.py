@@ -147,9 +147,7 @@ def beyond(layers: Mapping[str, Layer]) -> list[str]:
     """What the transformers and vLLM of today do not do of a compressed-tensors file."""
     out = []
     if any(layer.to.ordered for layer in layers.values()):
-        out.append(
-            "compressed-tensors reads columns in another order (actorder) up to 0.18; vLLM 0.32 does not"
-        )
+        out.append("compressed-tensors 0.19 gave up columns in another order (actorder), and vLLM 0.32 too")
     if any(layer.to.online is not None for layer in layers.values()):
         out.append("transformers 5.23 ignores transform_config and computes another model; vLLM runs it")
     return out
