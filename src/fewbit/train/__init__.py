@@ -1,5 +1,6 @@
 """Training with quantization in the loop: fake quantization with a gradient, prepare, convert."""
 
+from fewbit.train.amaxes import advance
 from fewbit.train.distill import forward_kl, kd_loss, sample_text
 from fewbit.train.fake import (
     LSQ,
@@ -20,18 +21,33 @@ from fewbit.train.levels import LEVELS, O1, O2, O3, OPTIMIZERS, Level, low_adamw
 from fewbit.train.linear import FakeLinear
 from fewbit.train.lowlinear import LowLinear, lower, restore
 from fewbit.train.optimizer import LowAdamW
-from fewbit.train.prepare import convert, prepare
+from fewbit.train.prepare import convert, prepare, start_from
 from fewbit.train.products import Keep, Product, Products
 from fewbit.train.quest import midrise, quest_input, quest_weight
-from fewbit.train.scalings import PRODUCTS, switchback, tensorwise
+from fewbit.train.scalings import (
+    PRODUCTS,
+    blockwise,
+    delayed,
+    mxfp4,
+    mxfp6,
+    mxfp8,
+    nvfp4,
+    rowwise,
+    rowwise_wide_weight_gradient,
+    switchback,
+    switchback_memory,
+    switchback_rows,
+    tensorwise,
+)
 from fewbit.train.states import STATES, States
 
 __all__ = [
-    "LEVELS", "LSQ", "O1", "O2", "O3", "OPTIMIZERS", "PACT", "PRODUCTS", "STATES", "Clipped",
-    "FakeLinear", "FakeQuant", "Guard", "Identity", "Interior", "Keep", "LearnedRange", "Level",
-    "LossScaler", "LowAdamW", "LowLinear", "Product", "Products", "States", "Straight", "Surrogate",
-    "Trust", "clear", "clip_gradients", "convert", "fake", "forward_kl", "fp8_gradients",
-    "gradient", "gradients", "kd_loss", "low_adamw", "lower", "midrise", "prepare", "quest_input",
-    "quest_weight", "restore", "sample_text", "set_gradient", "stable_adamw", "switchback",
+    "LEVELS", "LSQ", "O1", "O2", "O3", "OPTIMIZERS", "PACT", "PRODUCTS", "STATES", "Clipped", "FakeLinear",
+    "FakeQuant", "Guard", "Identity", "Interior", "Keep", "LearnedRange", "Level", "LossScaler", "LowAdamW",
+    "LowLinear", "Product", "Products", "States", "Straight", "Surrogate", "Trust", "advance", "blockwise",
+    "clear", "clip_gradients", "convert", "delayed", "fake", "forward_kl", "fp8_gradients", "gradient",
+    "gradients", "kd_loss", "low_adamw", "lower", "midrise", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "prepare",
+    "quest_input", "quest_weight", "restore", "rowwise", "rowwise_wide_weight_gradient", "sample_text",
+    "set_gradient", "stable_adamw", "start_from", "switchback", "switchback_memory", "switchback_rows",
     "tensorwise",
 ]  # fmt: skip
