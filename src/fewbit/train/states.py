@@ -35,7 +35,19 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import InputError
-from fewbit.format import FP32, Flat, Format, Params, PerTensor, PowerOfTwo, QTensor, Scaling, Zero
+from fewbit.format import (
+    FP32,
+    Divisor,
+    Flat,
+    Format,
+    MinMax,
+    Params,
+    PerTensor,
+    PowerOfTwo,
+    QTensor,
+    Scaling,
+    Zero,
+)
 from fewbit.format.affine import NATIVE
 from fewbit.format.bits import pack, unpack
 from fewbit.format.codec import from_plain, to_plain
@@ -51,8 +63,16 @@ def one_step(grid: str) -> Format:
 
 
 def per(size: int, grid: str | Table) -> Format:
-    """A grid under a float32 step for each ``size`` elements in memory order."""
-    return Format(grid=by_name(grid) if isinstance(grid, str) else grid, block=Flat(size), scale=FP32)
+    """A grid under a float32 step for each ``size`` elements in memory order.
+
+    Where the two ends of the grid differ (the signed maps: -0.993 and 1, in four bits -0.8875 and 1), the
+    step takes the sign that puts the largest element on the larger end, so that it is stored exactly. With
+    unsigned steps, as the published optimizers have them, such a block shrinks each time it is stored.
+    """
+    grid = by_name(grid) if isinstance(grid, str) else grid
+    uneven = grid.min < 0 and grid.max != -grid.min
+    ends = {"range": MinMax(), "divisor": Divisor.SIGNED} if uneven else {}
+    return Format(grid=grid, block=Flat(size), scale=FP32, **ends)
 
 
 def unsigned_map() -> tuple[float, ...]:
