@@ -51,7 +51,8 @@ def _encode(x: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     fmt = rows(dtype)
     finite = amax.isfinite()
     lo, hi = fmt.range(amax.where(finite, 0).reshape(-1, 1), fmt, None)
-    step = raw_step(fmt, lo, hi).float().reshape(amax.shape).masked_fill(~finite, torch.nan)
+    step = raw_step(fmt, lo, hi).float().clamp(min=2.0**-126)  # least normal float32, as ``Format.store``
+    step = step.reshape(amax.shape).masked_fill(~finite, torch.nan)
     q = fmt.encode(x, Params(scale=step.expand(len(x)).unsqueeze(-1), zero=None))
     return q.codes.view(dtype), step
 

@@ -23,14 +23,13 @@ def _exponent(amax, TOP: tl.constexpr):
     """Exponent of the step: amax <= 1.75 * 2^(TOP + e)."""
     bits = amax.to(tl.int32, bitcast=True)
     e = (bits >> 23) - 127 - TOP + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
-    return tl.minimum(tl.maximum(e, -127), 127)
+    return tl.minimum(tl.maximum(e, -126), 126)
 
 
 @triton.jit
 def _power(e, amax):
     """2^e, or NaN where the magnitude is infinite or NaN."""
-    bits = tl.where(e == -127, 0x400000, (e + 127) << 23)  # 2^-127 is subnormal
-    bits = tl.where(amax.to(tl.int32, bitcast=True) >= 0x7F800000, 0x7FC00000, bits)
+    bits = tl.where(amax.to(tl.int32, bitcast=True) >= 0x7F800000, 0x7FC00000, (e + 127) << 23)
     return bits.to(tl.float32, bitcast=True)
 
 

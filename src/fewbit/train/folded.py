@@ -54,6 +54,7 @@ class Folded:
     by_rows: bool = True
     gradient: torch.dtype = E4M3
     fast: tuple[bool, bool] = (True, False)
+    history = 0  # steps are those of the tensor at hand
 
     def __post_init__(self):
         if self.gradient not in (E4M3, torch.float8_e5m2):

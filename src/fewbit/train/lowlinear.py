@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from fewbit.errors import InputError
 from fewbit.format import QTensor
 from fewbit.train.amaxes import GRADIENT, INPUT, WEIGHT, Amaxes, observe
+from fewbit.train.folded import Folded
 from fewbit.train.products import Cast, Keep, Products, cast, copies, multiply, turned
 
 LOG = logging.getLogger("fewbit.train")
@@ -133,7 +134,7 @@ class LowLinear(nn.Linear):
     Under delayed scaling a module ``amaxes`` beside them holds the histories.
     """
 
-    def __init__(self, linear: nn.Linear, products: Products):
+    def __init__(self, linear: nn.Linear, products: Products | Folded):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.products = products
@@ -152,7 +153,10 @@ class LowLinear(nn.Linear):
         if self.amaxes is not None:
             seen, pending = self.amaxes(), self.amaxes.pending if self.training else None
         rows = x.reshape(-1, self.in_features).to(dtype)
-        y = LowProducts.apply(rows, self.weight, self.products, seen, pending)
+        if isinstance(self.products, Folded):
+            y = self.products.linear(rows, self.weight)
+        else:
+            y = LowProducts.apply(rows, self.weight, self.products, seen, pending)
         y = y if self.bias is None else y + self.bias.to(dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -163,7 +167,8 @@ class LowLinear(nn.Linear):
         return linear.train(self.training)
 
 
-Rules = Products | Mapping[str, Products | None] | Callable[[str, nn.Linear], Products | None]
+How = Products | Folded
+Rules = How | Mapping[str, How | None] | Callable[[str, nn.Linear], How | None]
 
 
 def lower(model: nn.Module, products: Rules, *, keep: tuple[str, ...] = ALONE) -> nn.Module:
@@ -217,6 +222,6 @@ def _swap(model: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def _by_pattern(products: Products | Mapping[str, Products | None]):
-    if isinstance(products, Products):
+    if isinstance(products, Products | Folded):
         return lambda name, layer: products
     return lambda name, layer: next((p for k, p in products.items() if fnmatchcase(name, k)), None)
