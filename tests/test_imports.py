@@ -20,7 +20,7 @@ TIERS = [
     {"recipe", "seams", "search", "analyze", "evaluate", "serve"},
     {"report"},  # HTML of what the tiers below have found; needs none of them but errors
     {"stream"},
-    {"inspect", "compare"},
+    {"inspect", "compare", "trainer"},
     {"cli"},
 ]
 RANK = {folder: i for i, tier in enumerate(TIERS) for folder in tier}
