@@ -4,8 +4,8 @@
     python benchmarks/fp8_block.py --profile "ours rows"
 
 Hidden 4096, feed-forward 14336, 32 heads and 8 of keys and values, 2 x 4096 tokens, bfloat16, torch.compile;
-forward and backward. Ways run one after the other, each compiled anew; the first is measured again at the end,
-which shows how far the clock has moved meanwhile.
+forward and backward. Ways run one after the other, each compiled anew; the first is measured again at the
+end, which shows how far the clock has moved meanwhile.
 
     ms          median of one step between two events, the host waiting before each
     back to back    the same of ten steps without a wait, per step: what a training run sees
