@@ -22,7 +22,8 @@ from fewbit.evaluate import Protocol, evaluate, windows
 from fewbit.io.source import open_source
 from fewbit.io.text import read_text
 from fewbit.nn.kvcache import kv_format
-from fewbit.nn.kvlayer import QuantizedCache, calibrate
+from fewbit.nn.kvlayer import QuantizedCache
+from fewbit.nn.kvsteps import calibrate
 
 ROOT = Path(__file__).parent
 NAMES = (

@@ -114,7 +114,7 @@ def test_the_configuration_round_trips_through_json_and_states_each_format_once(
     ("change", "words"),
     [
         ({"version": 2}, "version 2 .* update fewbit"),
-        ({"formats": []}, "broken .*IndexError"),
+        ({"formats": []}, "broken .*KeyError"),
         ({"modules": {"x": {"format": 0}}}, "broken .*KeyError: 'shape'"),
         ({"modules": None}, "broken"),
         ({"formats": [{"type": "Nonsense"}]}, "Nonsense"),

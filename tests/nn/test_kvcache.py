@@ -12,7 +12,8 @@ from fewbit.errors import InputError
 from fewbit.format import FP16, FP32, Channel, Format, Group, MinMax, PerTensor, Token, Zero, format_by_name
 from fewbit.grid import Int, by_name
 from fewbit.nn.kvcache import KV_FORMATS, Along, KVFormat, kivi, kv_format, per_token
-from fewbit.nn.kvlayer import QuantizedCache, calibrate
+from fewbit.nn.kvlayer import QuantizedCache
+from fewbit.nn.kvsteps import calibrate
 from fewbit.nn.kvstore import empty, fixed_steps
 
 B, H, D = 2, 3, 64
@@ -324,7 +325,7 @@ def test_calibrated_steps_are_the_largest_of_the_windows(name):
     exact = model(input_ids=ids).logits
     got = feed(model, ids, QuantizedCache(model.config, kv, steps), [16, *[1] * 16])
     assert 0 < (got - exact).norm() / exact.norm() < 0.05
-    with pytest.raises(InputError, match="has fixed steps; find them with calibrate"):
+    with pytest.raises(InputError, match=r"has fixed steps; find them with kvsteps\.calibrate"):
         QuantizedCache(model.config, kv)
     with pytest.raises(InputError, match="token by token; leave calibration out"):
         calibrate(model, ids, kv_format("kivi4"))

@@ -98,7 +98,7 @@ def evaluate(
     correlation of an encoder's cosines with people's scores.
     """
     options.prepare(verbose)
-    from fewbit.cli.kv import cache_of
+    from fewbit.cli.kv import cache_of, kv_of
     from fewbit.cli.progress import Windows
     from fewbit.cli.show import print_json
     from fewbit.cli.size import bits_per_weight, parameters, size_bytes
@@ -108,7 +108,6 @@ def evaluate(
     from fewbit.io.load import load
     from fewbit.io.source import open_source
     from fewbit.io.text import Join, read_text
-    from fewbit.nn.kvcache import kv_format
 
     check_task_options(ctx)
     if tasks is not None:
@@ -117,6 +116,8 @@ def evaluate(
         if original is not None:
             _same_tokenizer(source, original)
         where, kind = options.device_name(device), options.dtype_of(dtype)
+        if getattr(source, "kv", None) is not None:
+            options.note("questions are asked with keys and values in float, whatever the checkpoint says")
         ask_tasks(source, original, asked, task_data, limit, batch, where, kind, as_json)
         return
     if pairs is not None:
@@ -126,14 +127,14 @@ def evaluate(
             _same_tokenizer(source, original)
         compare_pairs(source, pairs, original, options.device_name(device), options.dtype_of(dtype), as_json)
         return
+    source = open_source(model)
+    kv = kv_of(kv, source)
     if kv is not None:
-        kv_format(kv)  # a wrong name is told before a model is loaded
         chunk = min(CHUNK, window) if chunk is None else chunk
     how = Join(join.value)
     protocol = Protocol(window=window, windows=windows or None, stride=stride, join=how, chunk=chunk)
     where, kind = options.device_name(device), options.dtype_of(dtype)
     text = read_text(data)
-    source = open_source(model)
     original = None if against is None else open_source(against)
     if original is not None:
         _same_tokenizer(source, original)

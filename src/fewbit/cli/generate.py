@@ -41,16 +41,15 @@ def generate(
     options.prepare(verbose)
     import torch
 
-    from fewbit.cli.kv import cache_of
+    from fewbit.cli.kv import cache_of, kv_of
     from fewbit.cli.show import print_json
     from fewbit.io.load import load
     from fewbit.io.source import open_source
-    from fewbit.nn.kvcache import kv_format
 
-    if kv is not None:
-        kv_format(kv)  # a wrong name is told before a model is loaded
     where = options.device_name(device)
-    tokenizer = open_source(checkpoint).tokenizer()
+    source = open_source(checkpoint)
+    kv = kv_of(kv, source)
+    tokenizer = source.tokenizer()
     ids = _prompt_ids(tokenizer, prompt, chat, checkpoint)
     model = load(checkpoint, where, options.dtype_of(dtype))
     options.imported()

@@ -28,13 +28,14 @@ from fewbit.errors import InputError, WriteError
 from fewbit.format.format import Format, Params
 from fewbit.format.qtensor import QTensor, value_of
 from fewbit.format.split import SplitTensor
-from fewbit.io import awq, bitsandbytes, compressed_tensors, fp8, gptq, inputs, native
+from fewbit.io import awq, bitsandbytes, compressed_tensors, fp8, gptq, inputs, kv, native
 from fewbit.io.base import first_line
 from fewbit.io.entry import Entry
 from fewbit.io.files import check_name, read_json
 from fewbit.io.ordered import OrderedTensor
 from fewbit.io.sites import SiteEntry
 from fewbit.io.source import SafetensorsSource, TensorInfo
+from fewbit.nn.kvcache import KVFormat
 from fewbit.nn.sites import Quantizer
 
 # What a configuration of other types than those that are expected raises.
@@ -93,6 +94,8 @@ class Checkpoint(SafetensorsSource):
             self.entries: dict[str, Entry] = self._codec.entries(
                 self.quantization_config, self._infos, super().read
             )
+            kv_format = getattr(self._codec, "kv_format", None)
+            self.kv: KVFormat | None = kv_format(self.quantization_config) if kv_format else None
         except InputError:
             raise
         except (
@@ -160,6 +163,14 @@ class Checkpoint(SafetensorsSource):
         read = super().read(names).items()
         stored = {names[n]: 1 / t.float() if n.endswith(compressed_tensors.GLOBAL) else t for n, t in read}
         return inputs.from_dict(module, stored, entry.activation, entry.shape[1])
+
+    def read_kv(self) -> dict[str, kv.Pair]:
+        """Fixed steps of keys and values by attention, float32 on the CPU; empty where ``kv`` is None."""
+        if self.kv is None:
+            return {}
+        config = self.config().get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return kv.read(self.kv, self._infos, super().read, heads)
 
     def read_site(self, entry: SiteEntry) -> Quantizer:
         """The quantizer of a site, on the CPU."""

@@ -41,7 +41,7 @@ from fewbit.format.block import Block2d, Channel, Group
 from fewbit.format.format import Format, Zero
 from fewbit.format.named import BF16
 from fewbit.grid.integer import Int
-from fewbit.io import compressed_maps
+from fewbit.io import compressed_kv, compressed_maps, kv
 from fewbit.io.base import TensorInfo
 from fewbit.io.compressed_args import E4M3, NVFP4, PACKED, layout_of
 from fewbit.io.compressed_caveats import caveats
@@ -52,6 +52,7 @@ from fewbit.io.compressed_config import (
     refusal,
     schemes_from_config,
 )
+from fewbit.io.compressed_kv import from_config as kv_format
 from fewbit.io.compressed_weights import (
     GLOBAL,
     from_dict,
@@ -71,6 +72,7 @@ __all__ = [
     "from_dict",
     "input_names",
     "input_to_dict",
+    "kv_format",
     "names",
     "quantization_config",
     "refusal",
@@ -114,8 +116,10 @@ def entries(config: Mapping, infos: Mapping[str, TensorInfo], read: Callable) ->
 
 
 def beside(config: Mapping, infos: Mapping[str, TensorInfo]) -> list[str]:
-    """Names of tensors that are no parameters and belong to no weight: matrices of maps."""
-    return compressed_maps.stored(config, infos)
+    """Names of tensors that are no parameters and belong to no weight: matrices of maps, steps of keys and
+    values.
+    """
+    return compressed_maps.stored(config, infos) + (kv.stored(infos) if config.get(compressed_kv.KEY) else [])
 
 
 def _shape(module: str, format: Format, infos: Mapping[str, TensorInfo], packed: Tensor | None) -> Shape:

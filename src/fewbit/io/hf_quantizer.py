@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fewbit.errors import InputError
+from fewbit.format.block import PerTensor
 from fewbit.format.format import Params
 from fewbit.io import inputs, native
 from fewbit.io.native import QUANT_METHOD, Entry
@@ -28,6 +29,7 @@ from fewbit.io.shell import linear_of, stored_of
 from fewbit.io.sites import SiteEntry
 from fewbit.nn.embedding import QEmbedding
 from fewbit.nn.experts import split_experts
+from fewbit.nn.kvcache import KVFormat
 from fewbit.nn.linear import QLinear
 from fewbit.nn.sites import Quantizer, place
 
@@ -40,6 +42,8 @@ class FewbitConfig(QuantizationConfigMixin):
         self.version, self.formats, self.modules = version, formats, modules
         if others.get("sites"):
             self.activations, self.sites = others["activations"], others["sites"]
+        if others.get("kv"):
+            self.kv = others["kv"]
 
 
 class FewbitQuantizer(HfQuantizer):
@@ -53,9 +57,12 @@ class FewbitQuantizer(HfQuantizer):
         self.entries = {find(name): entry for name, entry in native.entries_from_config(config).items()}
         sites = native.sites_from_config(config)
         self.sites = tuple(replace(s, site=replace(s.site, module=find(s.site.module))) for s in sites)
+        self.kv = native.kv_format(config)
         self.quantization_config = FewbitConfig(
-            **native.quantization_config(self.entries, self.sites)
+            **native.quantization_config(self.entries, self.sites, self.kv)
         )  # names as resolved
+        if self.kv is not None:
+            unread_kv(model, self.kv)
         for name, entry in self.entries.items():
             model.set_submodule(name, _Packed(entry, model.get_submodule(name)))
         for s in self.sites:
@@ -75,6 +82,8 @@ class FewbitQuantizer(HfQuantizer):
         for name in self.entries:
             model.set_submodule(name, model.get_submodule(name).open(model.dtype))
         place(model, quantizers)
+        if self.kv is not None:
+            model.kv_format = self.kv
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
@@ -140,12 +149,24 @@ def _read(entry: SiteEntry, loaded: Quantizer) -> Quantizer:
     return loaded
 
 
+def unread_kv(model: nn.Module, kv: KVFormat) -> None:
+    """Buffers on meta for the steps of keys and values."""
+    from fewbit.nn.kvsteps import attentions, keep
+
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    shapes = ((1,) if part.format.block == PerTensor() else (heads, 1, 1) for part in kv.parts())
+    pair = tuple(torch.empty(shape, dtype=torch.float32, device="meta") for shape in shapes)
+    keep(model, kv, dict.fromkeys(attentions(model, kv).values(), pair))
+
+
 def attach(model: nn.Module, entries: Mapping[str, Entry], sites: Sequence[SiteEntry] = ()) -> None:
     """Give a model that transformers did not load what ``save_pretrained`` needs to write it natively.
 
     entries: of every ``QLinear`` and ``QEmbedding`` in the model, by its name there; sites: as placed in it.
     """
-    quantizer = FewbitQuantizer(FewbitConfig(**native.quantization_config(entries, sites)))
+    kv = getattr(model, "kv_format", None)
+    quantizer = FewbitQuantizer(FewbitConfig(**native.quantization_config(entries, sites, kv)))
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, QUANT_METHOD
     model.config.quantization_config = quantizer.quantization_config
 

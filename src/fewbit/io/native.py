@@ -13,7 +13,8 @@ and config.json says once which Formats there are and which module has which:
     "quantization_config": {"quant_method": "fewbit", "version": 1, "formats": [{"type": "Format", ...}],
                             "modules": {"model.layers.0.mlp.up_proj": {"format": 0, "shape": [1536, 576]}}}
 
-Quantizers of an encoder's sums and outputs are told of beside them: ``fewbit.io.sites``.
+Quantizers of an encoder's sums and outputs are told of beside them (``fewbit.io.sites``), and fixed steps of
+keys and values (``fewbit.io.kv``).
 
 The shape is [out, in]; ``"transposed": true`` marks a module whose original weight is stored [in, out]
 (GPT-2's Conv1D); ``"activation"`` is how its input is quantized (a static one's steps:
@@ -41,15 +42,18 @@ from fewbit.format.qtensor import QTensor
 from fewbit.format.split import Apart, SplitTensor
 from fewbit.grid import Float, Points, Table
 from fewbit.grid.grid import Grid
+from fewbit.io import kv as cache
 from fewbit.io.base import TensorInfo, first_line
 from fewbit.io.entry import CLASSES, Entry, Shape
 from fewbit.io.files import check_name
 from fewbit.io.ordered import OrderedTensor
 from fewbit.io.sites import SiteEntry, from_config, to_config
+from fewbit.nn.kvcache import KVFormat
 
 QUANT_METHOD = "fewbit"
-optional, input_names = (), {}
+optional, input_names, kv_format = (), {}, cache.from_config
 VERSION = 1
+_FLAGS, _PARTS = ("transposed", "ordered"), ("activation", "online", "output", "apart")
 _NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -137,8 +141,7 @@ def layout(
     return out
 
 
-def _is_plain(scale: Format) -> bool:
-    """True for steps kept as a float tensor, not as a QTensor."""
+def _is_plain(scale: Format) -> bool:  # steps kept as a float tensor, not as a QTensor
     return scale.scale is None and scale.grid.name in _NATIVE
 
 
@@ -203,19 +206,25 @@ def _say(shape: Shape, dtype: torch.dtype) -> str:
 # -- configuration --
 
 
-def quantization_config(entries: Mapping[str, Entry], sites: Sequence[SiteEntry] = ()) -> dict:
-    """The ``quantization_config`` of config.json for modules under their checkpoint names, and for sites."""
+def beside(config: Mapping, infos: Mapping[str, TensorInfo]) -> list[str]:
+    """Names of tensors that are no parameters and belong to no weight: steps of keys and values."""
+    return cache.stored(infos) if config.get("kv") else []
+
+
+def quantization_config(
+    entries: Mapping[str, Entry], sites: Sequence[SiteEntry] = (), kv: KVFormat | None = None
+) -> dict:
+    """The ``quantization_config`` of config.json for modules by their names there, sites, keys and values."""
     formats = list(dict.fromkeys(entry.format for entry in entries.values()))
     modules = {}
     for name, entry in entries.items():
         modules[name] = {"format": formats.index(entry.format), "shape": list(entry.shape)}
-        modules[name] |= {k: True for k in ("transposed", "ordered") if getattr(entry, k)}
-        for key in ("activation", "online", "output", "apart"):
-            if getattr(entry, key) is not None:
-                modules[name][key] = to_plain(getattr(entry, key))
+        modules[name] |= {key: True for key in _FLAGS if getattr(entry, key)}
+        there = {key: part for key in _PARTS if (part := getattr(entry, key)) is not None}
+        modules[name] |= {key: to_plain(part) for key, part in there.items()}
     plain = [to_plain(f) for f in formats]
     out = {"quant_method": QUANT_METHOD, "version": VERSION, "formats": plain, "modules": modules}
-    return out | to_config(sites)
+    return out | to_config(sites) | cache.to_config(kv)
 
 
 def entries(config: Mapping, infos: Mapping | None = None, read: object = None) -> dict[str, Entry]:
@@ -256,28 +265,18 @@ def entries_from_config(config: Mapping) -> dict[str, Entry]:
             f"reads version {VERSION}; update fewbit"
         )
     try:
-        formats = [from_plain(f) for f in config["formats"]]
+        formats = dict(enumerate(from_plain(f) for f in config["formats"]))
         return {
             name: Entry(
-                format=formats[_index(m["format"])],
+                format=formats[m["format"]],
                 shape=tuple(m["shape"]),
-                transposed=m.get("transposed", False),
-                activation=from_plain(m["activation"], CLASSES) if "activation" in m else None,
-                online=from_plain(m["online"], CLASSES) if "online" in m else None,
-                output=from_plain(m["output"], CLASSES) if "output" in m else None,
-                apart=from_plain(m["apart"], CLASSES) if "apart" in m else None,
-                ordered=m.get("ordered", False),
+                **{key: m.get(key, False) for key in _FLAGS},
+                **{key: from_plain(m[key], CLASSES) for key in _PARTS if key in m},
             )
             for name, m in config["modules"].items()
         }
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise _broken(error) from None
-
-
-def _index(number: object) -> int:
-    if not isinstance(number, int) or number < 0:
-        raise IndexError(f"{number!r:.40} is no number of a format")
-    return number
 
 
 def sites_from_config(config: Mapping) -> tuple[SiteEntry, ...]:

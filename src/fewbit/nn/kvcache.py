@@ -87,7 +87,7 @@ class KVFormat:
 
     @property
     def static(self) -> bool:
-        """True when steps must be found beforehand, by `fewbit.nn.kvlayer.calibrate`."""
+        """True when steps must be found beforehand, by `fewbit.nn.kvsteps.calibrate`."""
         return any(f is not None and is_static(f) for f in (self.key, self.value))
 
     def parts(self) -> tuple[Part, Part]:
@@ -208,7 +208,7 @@ def _alike(fmt: Format, along: Along = Along.CHANNELS) -> KVFormat:
 
 
 def _all() -> dict[str, KVFormat]:
-    e4m3, e5m2 = by_name("e4m3"), by_name("e5m2")
+    e4m3, e5m2, int8 = by_name("e4m3"), by_name("e5m2"), Int(8)
     return {
         **{f"kivi{bits}": kivi(bits) for bits in (2, 3, 4, 8)},
         **{f"int{bits}-token": per_token(bits) for bits in (2, 3, 4, 8)},
@@ -216,6 +216,8 @@ def _all() -> dict[str, KVFormat]:
         "fp8-e5m2": _alike(Format(grid=e5m2)),
         "fp8-tensor": _alike(Format(grid=e4m3, scale=FP32)),
         "fp8-head": _alike(Format(grid=e4m3, block=Channel(), scale=FP32), Along.HEADS),
+        "int8-tensor": _alike(Format(grid=int8, scale=FP32)),
+        "int8-head": _alike(Format(grid=int8, block=Channel(), scale=FP32), Along.HEADS),
         "mxfp8": _alike(format_by_name("mxfp8-e4m3")),
         "mxfp4": _alike(format_by_name("mxfp4")),
     }

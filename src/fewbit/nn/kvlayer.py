@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from fewbit.errors import InputError
 from fewbit.nn.kvcache import KVFormat
-from fewbit.nn.kvstore import empty, fixed_steps
+from fewbit.nn.kvstore import empty
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -113,7 +113,7 @@ class QuantizedLayer(CacheLayerMixin):
 
 
 class QuantizedCache(Cache):
-    """A cache for a model of ``config`` in ``kv``; ``steps`` from `calibrate` where the format needs them.
+    """A cache for a model of ``config`` in ``kv``; ``steps`` from `fewbit.nn.kvsteps` where it needs them.
 
     ``left_float`` lists the layers that are not quantized, with the reason. Raises ``InputError`` when none
     is, when a layer to skip is not there, and when steps are missing.
@@ -121,7 +121,7 @@ class QuantizedCache(Cache):
 
     def __init__(self, config: Any, kv: KVFormat, steps: Steps | None = None):
         if kv.static and steps is None:
-            raise InputError("this KV format has fixed steps; find them with calibrate(model, tokens, kv)")
+            raise InputError("this KV format has fixed steps; find them with kvsteps.calibrate")
         layers, left = _layers(config), {}
         for index, layer in enumerate(layers):
             if index in kv.skip:
@@ -166,30 +166,3 @@ def _float_bytes(layer: Any) -> int:
 def cache_bytes(cache: Any) -> int:
     """Bytes held by a transformers cache, quantized or not."""
     return cache.nbytes if isinstance(cache, QuantizedCache) else sum(map(_float_bytes, cache.layers))
-
-
-def calibrate(model: nn.Module, tokens: Tensor, kv: KVFormat) -> Steps:
-    """Fixed steps of ``kv`` from the keys and values of ``tokens`` [w, l]: the largest of any window.
-
-    Raises ``InputError`` for a format whose steps are not fixed.
-    """
-    if not kv.static:
-        raise InputError("this KV format finds its steps token by token; leave calibration out")
-    found: dict[tuple[int, int], Tensor] = {}
-    device = next(model.parameters()).device
-    layers = 0
-    for ids in tokens:
-        cache = DynamicCache(config=model.config)
-        with torch.no_grad():
-            model(input_ids=ids[None].to(device), past_key_values=cache, use_cache=True)
-        layers = len(cache.layers)
-        for index, layer in enumerate(cache.layers):
-            if type(layer) is not DynamicLayer or index in kv.skip:
-                continue
-            for side, (part, x) in enumerate(zip(kv.parts(), (layer.keys, layer.values), strict=True)):
-                steps = fixed_steps(part, x)
-                if steps is not None:
-                    before = found.get((index, side), steps)
-                    found[index, side] = torch.maximum(before, steps)
-    sides = (tuple(found.get((index, side)) for index in range(layers)) for side in (0, 1))
-    return Steps(key=next(sides), value=next(sides))

@@ -138,7 +138,7 @@ def empty(part: Part, like: Tensor, steps: Tensor | None = None) -> Store:
     """
     part.check(like.shape[-1])
     if part.format is not None and is_static(part.format) and steps is None:
-        raise InputError(f"{part.format} needs steps that are found beforehand; call kvlayer.calibrate")
+        raise InputError(f"{part.format} needs steps that are found beforehand; call kvsteps.calibrate")
     nothing = like[..., :0, :].clone()
     return Store(
         part=part, head=nothing, tail=nothing, steps=None if steps is None else steps.to(like.device)
