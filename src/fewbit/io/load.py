@@ -16,6 +16,7 @@ from torch import nn
 from fewbit.errors import InputError
 from fewbit.io.base import first_line
 from fewbit.io.checkpoint import Checkpoint
+from fewbit.io.kept import keep_kv
 from fewbit.io.shell import linear_of
 from fewbit.io.skeleton import build_skeleton, materialize, parameter_map
 from fewbit.io.source import Source, open_source
@@ -47,6 +48,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     materialize(model, rest, source, {name: mapping[name] for name in rest}, device, dtype)
     sites = source.sites if isinstance(source, Checkpoint) else ()
     place(model, {entry.site: source.read_site(entry).to(device) for entry in sites})
+    keep_kv(model, source, mapping, device)
     model.config.dtype = dtype
     _generation_config(model, source)
     if isinstance(source, Checkpoint):
