@@ -32,6 +32,7 @@ from fewbit.cli import (
     search,
     sensitivity,
     tables,
+    train,
 )  # fmt: skip
 from fewbit.errors import InputError
 
@@ -65,8 +66,11 @@ class Commands(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except KeyboardInterrupt:
-            last = {"quantize": "block", "compare": "row"}.get(ctx.invoked_subcommand or "")
+            last = {"quantize": "block", "compare": "row", "train": "checkpoint"}.get(
+                ctx.invoked_subcommand or ""
+            )
             again = f"; the same command goes on from the last finished {last}" if last else ""
+            again += " when --resume is added" if last == "checkpoint" else ""
             self._leave(130, f"interrupted{again}")
         except OSError as error:
             if error.errno not in FULL:
@@ -135,6 +139,7 @@ for _name, _command, _example in (
     ("formats", formats.formats, "fewbit formats e4m3fn nf4 mxfp4"),
 ):
     app.command(_name, epilog=f"Example:  {_example}")(_command)
+app.command("train", epilog=train.EPILOG)(train.train)
 app.command("explain", epilog=explain.EPILOG, context_settings=explain.CONTEXT)(explain.explain)
 app.add_typer(plot.app, name="plot")
 
