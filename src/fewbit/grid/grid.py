@@ -164,5 +164,5 @@ def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
     Written as a comparison with the fraction: floor(x + u) would move an integer when u rounds x + u upward.
     """
     floor = torch.floor(x)
-    u = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    return floor + (u < x - floor)
+    own = None if torch.compiler.is_compiling() else generator  # a graph draws from torch's own
+    return floor + (torch.rand(x.shape, generator=own, dtype=x.dtype, device=x.device) < x - floor)

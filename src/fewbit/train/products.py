@@ -168,11 +168,11 @@ class Products:
             raise InputError("delayed scaling needs one step a tensor everywhere, and no Hadamard map")
 
 
-def steps(fmt: Format, amax: Tensor) -> Params:
-    """Steps [*scale_shape] of blocks whose largest magnitudes are ``amax``, by the format's range rule.
-
-    NaN or Inf gives a step of NaN, where ``Format.fit`` refuses.
+def steps(fmt: Format, x: Tensor, amax: Tensor | None = None) -> Params:
+    """Steps of x [r, c] by the format's range rule; NaN for blocks with NaN or Inf, which ``Format.fit``
+    refuses. amax: largest magnitudes of the blocks [*scale_shape], where they are known.
     """
+    amax = fmt.block.split(x).abs().amax(-1) if amax is None else amax
     bad = ~amax.isfinite()
     lo, hi = fmt.range(amax.masked_fill(bad, 0).unsqueeze(-1), fmt, None)
     raw = raw_step(fmt, lo, hi)
@@ -196,9 +196,8 @@ def cast(x: Tensor, how: Cast, amax: Tensor | None = None) -> QTensor | Tensor:
     if rows or columns:
         x = F.pad(x, (0, columns, 0, rows))
     if how.hadamard:
-        x = (x.unflatten(-1, (-1, how.hadamard)) @ _mixing(how.hadamard, x.device, x.dtype)).flatten(-2)
-    amax = fmt.block.split(x).abs().amax(-1) if amax is None else amax
-    return fmt.encode(x, steps(fmt, amax), _generator(x.device) if how.stochastic else None)
+        x = (x.unflatten(-1, (-1, how.hadamard)) @ _mixing(how.hadamard, x)).flatten(-2)
+    return fmt.encode(x, steps(fmt, x, amax), _generator(x.device) if how.stochastic else None)
 
 
 def copies(
@@ -273,15 +272,21 @@ def _tile(fmt: Format) -> tuple[int, int]:
     return rows * own[0], columns * own[1]
 
 
+def _mixing(size: int, like: Tensor) -> Tensor:
+    """R [size, size]: random signs, then the orthonormal Hadamard matrix; a constant of a compiled graph."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(_entries(size), dtype=like.dtype, device=like.device)
+    return Hadamard(size, seed=SIGNS).apply(torch.eye(size, dtype=like.dtype, device=like.device))
+
+
 @torch.compiler.assume_constant_result
-def _mixing(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """R [size, size]: random signs, then the orthonormal Hadamard matrix."""
-    return Hadamard(size, seed=SIGNS).apply(torch.eye(size, dtype=dtype, device=device))
+def _entries(size: int) -> list[list[float]]:
+    return Hadamard(size, seed=SIGNS).apply(torch.eye(size, dtype=torch.float64)).tolist()
 
 
 def _generator(device: torch.device) -> torch.Generator:
     """Torch's own for the device: what ``torch.manual_seed`` seeds and checkpoints restore."""
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.compiler.is_compiling():  # a graph finds its own
         return torch.default_generator
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch.cuda.default_generators[index]
