@@ -3,9 +3,10 @@
     python benchmarks/gguf_llamacpp.py [--client PYTHON] [--only TEXT ...]
 
 ``--client`` is a Python that has llama-cpp-python (`pip install llama-cpp-python`); by default this one.
-Eight prompts, 20 tokens each. Model: SmolLM2-135M, and for K-quants, whose blocks of 256 do not tile its 576
-columns, a random Llama of 256 columns. Rows are kept in benchmarks/results/gguf_llamacpp.json as they come
-and not taken again; gguf_llamacpp.md beside it is the table.
+Eight prompts, 20 tokens each. Model: SmolLM2-135M, and for all K-quants, whose blocks of 256 do not tile its
+576 columns (most of its layers get Q5_0 in place of Q4_K), a random Llama of 256
+columns. Rows are kept in benchmarks/results/gguf_llamacpp.json as they come and not taken again;
+gguf_llamacpp.md beside it is the table.
 
 When llama.cpp multiplies with quantized weights it rounds the inputs to 8 bits per 32, which is its
 arithmetic and not the file's. So each file is asked twice: as llama.cpp unpacks it to float32, and as it runs
@@ -54,6 +55,7 @@ def recipes() -> dict[str, tuple[str, Recipe]]:
         rows[f"gptq {f}"] = ("random", Recipe(name=f"gptq-{f}", rules=(rule,)))
     rows |= {f"rtn {f}": ("random", named("rtn", {"format": f})) for f in ("q5_0", "q5_1")}
     rows |= {f"rtn {f}": ("smollm2", named("rtn", {"format": f})) for f in ("q8_0", "q4_1", "q4_0")}
+    rows["rtn q4_k"] = ("smollm2", named("rtn", {"format": "q4_k"}))  # q5_0 where 256 does not divide rows
     rows["gptq q4_0"] = ("smollm2", named("gptq", {"format": "q4_0"}))
     zeros = {"group_size": "64", "scale": "fp16", "symmetric": "false"}
     rows["gptq int4 g64 with zeros"] = ("smollm2", named("gptq", zeros))

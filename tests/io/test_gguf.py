@@ -12,7 +12,7 @@ import torch
 from tiny import CHAT_TEMPLATE, SPECIAL, tiny, tiny_ids, tiny_tokenizer
 
 from fewbit.errors import InputError
-from fewbit.io.gguf import BLOCK_NAMES, OUTER_NAMES
+from fewbit.io.gguf_names import BLOCK_NAMES, OUTER_NAMES
 from fewbit.io.gguf_tokenizer import build_tokenizer, merges_from_scores
 from fewbit.io.skeleton import build_skeleton, materialize, parameter_map
 from fewbit.io.source import open_source

@@ -11,7 +11,7 @@ from tiny import CHAT_TEMPLATE, tiny, tiny_ids, tiny_tokenizer
 from fewbit.errors import InputError, WriteError
 from fewbit.format import BF16, FORMATS, FP16, Channel
 from fewbit.format.activation import Activation
-from fewbit.io import gguf_write, native
+from fewbit.io import gguf_names, native
 from fewbit.io.gguf_meta import model_metadata, rope_factors
 from fewbit.io.gguf_tokenizer import build_tokenizer
 from fewbit.io.gguf_vocab import TRAPS, tokenizer_metadata
@@ -202,7 +202,7 @@ def test_what_a_gguf_cannot_say_is_refused_and_nothing_is_left(folders, tmp_path
     with pytest.raises(
         InputError, match=r"a GGUF has no place for the tensor model.layers.0.mlp.router.weight"
     ):
-        gguf_write._gguf_name("model.layers.0.mlp.router.weight")
+        gguf_names.gguf_name("model.layers.0.mlp.router.weight")
 
 
 def test_a_full_disk_leaves_the_old_file(folders, tmp_path, monkeypatch):

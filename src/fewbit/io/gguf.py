@@ -3,14 +3,14 @@
 ``read`` dequantizes to float32, every type that ``gguf.quants`` decodes. ``read_qtensor`` gives the codes and
 steps as the file has them, for the types that a Format can say (``fewbit.io.gguf_codes``). Files of
 architecture llama hold the rows of the q and k projections interleaved, for llama.cpp's rotary kernel;
-``unpermute`` puts them back. The configuration and the tokenizer come from the metadata.
+``unpermute`` puts them back. Experts, fused in the file, are matrices of their own here, each a stretch of
+the fused tensor (``fewbit.io.gguf_names``). The configuration and the tokenizer come from the metadata.
 
 Road not taken: transformers' own GGUF loader, over 30 s for a model of 135 million weights (here 3 s), all of
 which are in memory together.
 """
 
 import math
-import re
 from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import cached_property
@@ -24,29 +24,11 @@ from fewbit.format.format import Format
 from fewbit.format.qtensor import QTensor, value_of
 from fewbit.io.base import Source, TensorInfo, check_finite, content_hash, first_line
 from fewbit.io.gguf_codes import FORMAT_OF, decode
-from fewbit.io.gguf_config import read_config
+from fewbit.io.gguf_config import experts_of, read_config
 from fewbit.io.gguf_file import Stored, read_container
+from fewbit.io.gguf_names import ARCHITECTURES, checkpoint_names
 from fewbit.io.native import Entry
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-OUTER_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1's long-context table, not a parameter of the model
 
 
@@ -74,21 +56,11 @@ class GgufSource(Source):
                 f"{name} is a GGUF of architecture {self.architecture!r:.60}; supported are "
                 f"{', '.join(ARCHITECTURES)}; give the safetensors checkpoint of this model instead."
             )
+        experts = experts_of(self.container.metadata)
         self._stored: dict[str, Stored] = {}
         for gguf_name, stored in self.container.tensors.items():
             if gguf_name != ROPE_FACTORS:
-                self._stored[self._hf_name(gguf_name)] = stored
-
-    def _hf_name(self, name: str) -> str:
-        if name in OUTER_NAMES:
-            return OUTER_NAMES[name]
-        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-        if not match or match[2] not in BLOCK_NAMES:
-            raise InputError(
-                f"{self.name} holds the tensor {name}, which has no place in a dense {self.architecture} "
-                "model; give the safetensors checkpoint instead."
-            )
-        return f"model.layers.{match[1]}.{BLOCK_NAMES[match[2]]}.{match[3]}"
+                self._stored |= checkpoint_names(gguf_name, stored, self.architecture, experts, name)
 
     def config(self):
         """See :class:`Source`."""

@@ -25,13 +25,21 @@ def read_config(metadata: Mapping, shapes: Mapping[str, tuple], factors: np.ndar
     return _Reader(metadata, shapes, factors, name).config(transformers)
 
 
+def experts_of(metadata: Mapping) -> int:
+    """How many experts a block of the file has; 0 in dense models, and where the number is none."""
+    count = metadata.get(f"{metadata.get('general.architecture')}.expert_count", 0)
+    return count if isinstance(count, int) and count > 0 else 0
+
+
 class _Reader:
     def __init__(self, metadata: Mapping, shapes: Mapping, factors: np.ndarray | None, name: str):
         self.metadata, self.shapes, self.factors, self.name = metadata, shapes, factors, name
         self.architecture = metadata["general.architecture"]
 
     def config(self, transformers):
-        kind = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[self.architecture]
+        experts = experts_of(self.metadata)
+        kinds = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3moe": "Qwen3Moe"}
+        kind = "Mixtral" if self.architecture == "llama" and experts else kinds[self.architecture]
         heads = self._key("attention.head_count")
         hidden = self._key("embedding_length")
         ids = {
@@ -56,11 +64,32 @@ class _Reader:
         if self.architecture != "qwen2":  # Qwen2's heads always divide the hidden size
             rotary = self._key("rope.dimension_count", hidden // heads)
             fields["head_dim"] = self._key("attention.key_length", rotary)
-        if self.architecture == "llama":
+        if experts or self.architecture == "qwen3moe":
+            fields |= self._mixture(experts)
+        elif self.architecture == "llama":
             fields["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self.shapes
             fields["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in self.shapes
         self._check(fields)
         return getattr(transformers, f"{kind}Config")(**fields)
+
+    def _mixture(self, experts: int) -> dict:
+        """Fields of a mixture of experts, as llama.cpp computes it: weights of the chosen sum to 1."""
+        used = self._key("expert_used_count")
+        if not isinstance(used, int) or not 1 <= used <= experts:
+            raise InputError(
+                f"{self.name} sends a token to {used!r:.20} of {experts} experts; the file is damaged, get "
+                "it again."
+            )
+        if self.architecture == "llama":
+            return {"num_local_experts": experts, "num_experts_per_tok": used, "sliding_window": None}
+        return {
+            "num_experts": experts,
+            "num_experts_per_tok": used,
+            "moe_intermediate_size": self._key("expert_feed_forward_length"),
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
 
     def _check(self, fields: dict) -> None:
         """Sizes against the tensors."""

@@ -14,7 +14,14 @@ import numpy as np
 from fewbit.errors import InputError
 from fewbit.io.gguf import ROPE_FACTORS
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+}
 
 
 def model_metadata(config, name: str) -> dict[str, str | int | float]:
@@ -37,6 +44,7 @@ def model_metadata(config, name: str) -> dict[str, str | int | float]:
         (rope.get("rope_type", "default") not in ("default", "linear", "llama3"), f"positions by {rope}"),
         (rope.get("partial_rotary_factor", 1.0) != 1, "heads that are rotated in part"),
         (len(kinds) > 1, "layers of several kinds of attention"),
+        *_strange_mixture(config),
     ):
         if wrong:
             raise InputError(
@@ -58,11 +66,26 @@ def model_metadata(config, name: str) -> dict[str, str | int | float]:
         "rope.dimension_count": wide,
         "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
     }
+    if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+        own |= {"expert_count": experts, "expert_used_count": config.num_experts_per_tok}
+    if arch == "qwen3moe":
+        own["expert_feed_forward_length"] = config.moe_intermediate_size
     if rope.get("rope_type") == "linear":
         own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     title = Path(getattr(config, "_name_or_path", "") or name).name
     ours = {"general.architecture": arch, "general.type": "model", "general.name": title}
     return ours | {f"{arch}.{key}": value for key, value in own.items()}
+
+
+def _strange_mixture(config) -> tuple[tuple[bool, str], ...]:
+    """What a mixture could ask for and llama.cpp does not compute: (whether it does, the words)."""
+    if config.model_type != "qwen3_moe":
+        return ()
+    dense = bool(config.mlp_only_layers) or config.decoder_sparse_step != 1
+    return (
+        (not config.norm_topk_prob, "experts whose weights do not sum to 1 (norm_topk_prob is false)"),
+        (dense, "blocks without experts among those with them"),
+    )
 
 
 def rope_factors(config) -> dict[str, np.ndarray]:

@@ -26,17 +26,15 @@ import numpy as np
 from fewbit.errors import InputError, WriteError
 from fewbit.format import Format
 from fewbit.io.base import Source, check_finite
-from fewbit.io.gguf import BLOCK_NAMES, OUTER_NAMES
 from fewbit.io.gguf_codes import FORMAT_OF, encode, floats, holds, settled
-from fewbit.io.gguf_meta import model_metadata, rope_factors
+from fewbit.io.gguf_meta import ARCHITECTURES, model_metadata, rope_factors
+from fewbit.io.gguf_names import gguf_name, is_router
 from fewbit.io.gguf_vocab import tokenizer_metadata
 from fewbit.io.skeleton import build_skeleton, parameter_map
 
 __all__ = ["Written", "check", "holds", "write"]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TO_GGUF = {theirs: ours for ours, theirs in OUTER_NAMES.items()}
-IN_BLOCK = {theirs: ours for ours, theirs in BLOCK_NAMES.items()}
 # general.file_type, which readers show to people: by the type of most weights
 FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12,
@@ -82,6 +80,7 @@ def write(source: Source, path: str | Path, *, embeddings: str | None = None) ->
     )
     jobs = [_Job(source=source, name=name, stored=stored, ends=ends) for name, stored in mapping.items()]
     kinds = {job.name: job.kind() for job in jobs}
+    tensors = _tensors(jobs, kinds)
     weights = Counter()
     for job in jobs:
         weights[kinds[job.name]] += int(np.prod(job.shape))
@@ -97,18 +96,19 @@ def write(source: Source, path: str | Path, *, embeddings: str | None = None) ->
     for key, value in metadata.items():
         _add(writer, key, value)
     factors = rope_factors(config)
-    for job in jobs:
-        kind = GGMLQuantizationType[kinds[job.name]]
-        shape = _in_bytes(job.shape, kind)
-        writer.add_tensor_info(_gguf_name(job.name), shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
+    for name, parts in tensors.items():
+        kind, many = GGMLQuantizationType[kinds[parts[0].name]], (len(parts),) * (parts[0].expert is not None)
+        shape = (*many, *_in_bytes(parts[0].shape, kind))
+        writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
     for name, table in factors.items():
         writer.add_tensor_info(name, table.shape, table.dtype, table.nbytes)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for job in jobs:
-            writer.write_tensor_data(job.encode()[1])
+        for parts in tensors.values():
+            encoded = [job.encode()[1] for job in parts]
+            writer.write_tensor_data(encoded[0] if len(encoded) == 1 else np.concatenate(encoded))
         for table in factors.values():
             writer.write_tensor_data(table)
         writer.flush()
@@ -143,6 +143,11 @@ class _Job:
         return entries.get(self.stored.removesuffix(".weight")) if self.stored.endswith(".weight") else None
 
     @property
+    def expert(self) -> int | None:
+        """Which expert's part of a fused tensor it is."""
+        return gguf_name(self.name)[1]
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.source.tensors()[self.stored].shape
 
@@ -153,7 +158,7 @@ class _Job:
 
     def kind(self) -> str:
         """The ggml type, without the tensor's numbers where they do not matter."""
-        if len(self.shape) == 1:
+        if len(self.shape) == 1 or is_router(self.name):
             return "F32"
         known = None
         if self.entry is not None or self.rounds:
@@ -167,7 +172,7 @@ class _Job:
         else:
             (w,) = self.source.read([self.stored]).values()
             check_finite(self.stored, w)
-            if w.ndim == 1:
+            if w.ndim == 1 or is_router(self.name):
                 kind, raw = floats(w.float())
             elif self.rounds:
                 kind, raw = encode(self.ends.quantize(w), self.stored)
@@ -183,7 +188,7 @@ class _Job:
     def _interleaved(self) -> int:
         """How many heads' rows change their order: of q and k in architecture llama, else 0."""
         config = self.source.config()
-        if config.model_type not in ("llama", "mistral"):
+        if ARCHITECTURES[config.model_type] != "llama":
             return 0
         counts = {".q_proj.": config.num_attention_heads, ".k_proj.": config.num_key_value_heads}
         return next((count for part, count in counts.items() if part in self.name), 0)
@@ -200,9 +205,9 @@ def _names(source: Source) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def _check(source: Source, mapping: dict[str, str]) -> None:
-    llama = source.config().model_type in ("llama", "mistral")
+    llama = ARCHITECTURES[source.config().model_type] == "llama"
     for name in mapping:
-        _gguf_name(name)
+        gguf_name(name)
         if (
             not llama
             and name.endswith(".bias")
@@ -237,14 +242,21 @@ def _refused(entry) -> str | None:
     return None
 
 
-def _gguf_name(name: str) -> str:
-    if name in TO_GGUF:
-        return TO_GGUF[name]
-    parts = name.split(".")
-    stem = ".".join(parts[3:-1])
-    if parts[:2] != ["model", "layers"] or stem not in IN_BLOCK:
-        raise InputError(f"a GGUF has no place for the tensor {name}; export the model to another format")
-    return f"blk.{parts[2]}.{IN_BLOCK[stem]}.{parts[-1]}"
+def _tensors(jobs: list[_Job], kinds: dict[str, str]) -> dict[str, list[_Job]]:
+    """Name of each tensor of the file -> what it holds: one job, or those of all experts in their order."""
+    tensors: dict[str, list[_Job]] = {}
+    for job in jobs:
+        tensors.setdefault(gguf_name(job.name)[0], []).append(job)
+    for name, parts in tensors.items():
+        parts.sort(key=lambda job: job.expert or 0)
+        other = next((job for job in parts if kinds[job.name] != kinds[parts[0].name]), None)
+        if other is not None:
+            raise InputError(
+                f"{parts[0].name} goes into type {kinds[parts[0].name]} and {other.name} into "
+                f"{kinds[other.name]}, and a GGUF holds all experts of a block in one tensor ({name}); give "
+                "them one format, symmetric or one of ggml's (format=q4_1)"
+            )
+    return tensors
 
 
 def _ends(name: str | None) -> Format | None:
