@@ -266,4 +266,6 @@ def _beside(result: Trained) -> list[tuple[str, str]]:
     if result.beside is None:
         return []
     apart = 100 * (result.report["held"] / result.beside["held"] - 1)
-    return [("beside", f"{apart:+.2f} % from {result.beside['held']:.4f} of {result.beside['name']}")]
+    other = result.beside
+    updates = "" if other["steps"] == result.report["steps"] else f" after {other['steps']} updates"
+    return [("beside", f"{apart:+.2f} % from {other['held']:.4f} of {other['name']}{updates}")]

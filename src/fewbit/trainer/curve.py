@@ -40,7 +40,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Rows]:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         lines = (folder / ROWS).read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
-        kept = report["name"], report["held"], report["data"], smoothed(rows), held(rows)
+        kept = report["name"], report["held"], report["job"]["text"], smoothed(rows), held(rows)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         kept = None
     if kept is None or not kept[-1]:

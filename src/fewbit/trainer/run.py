@@ -68,7 +68,7 @@ class Trained:
             "output": str(self.output),
             "finished_before": self.finished_before,
             "losses": [row["loss"] for row in self.rows],
-            "beside": self.beside and {k: self.beside[k] for k in ("name", "held")},
+            "beside": self.beside and {k: self.beside[k] for k in ("name", "held", "steps")},
         }
 
 
@@ -97,6 +97,11 @@ def train(
     source = None if model == NAME else _trainable(open_source(model))
     tokenizer = byte_tokenizer() if source is None else source.tokenizer()
     corpus = read_corpus(tokenizer, data, settings, held_out)
+    if other is not None and other[0]["job"]["text"] != corpus.digest:
+        raise InputError(
+            f"{beside} was trained and scored on other tokens ({other[0]['data']}), so its losses cannot "
+            "stand beside these; give a run on the same text with the same --length"
+        )
     kind = torch.device(device).type
     key = {"model": model, "text": corpus.digest, "way": way.as_dict(), "device": kind} | settings.as_dict()
     folder = Folder(Path(output), key)
