@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fewbit.cli import options
+from fewbit.cli.kv import STORED_KV, with_kv
 from fewbit.cli.options import (
     Bits,
     CalibrationText,
@@ -38,6 +39,7 @@ def quantize(
     bits: Bits = None,
     group_size: GroupSize = None,
     settings: Settings = None,
+    kv: STORED_KV = None,
     calibration: CalibrationText = options.EMBEDDED,
     samples: Samples = options.SAMPLES,
     seqlen: Seqlen = options.SEQLEN,
@@ -54,7 +56,7 @@ def quantize(
     appears under its name. A run that was interrupted goes on when the same command is given again.
     """
     options.prepare(verbose)
-    chosen = options.make_recipe(recipe, recipe_file, bits, group_size, settings)
+    chosen = with_kv(options.make_recipe(recipe, recipe_file, bits, group_size, settings), kv)
     from fewbit.cli.progress import watch_run
     from fewbit.cli.show import print_json
     from fewbit.cli.summary import show_result
@@ -81,6 +83,7 @@ def plan(
     bits: Bits = None,
     group_size: GroupSize = None,
     settings: Settings = None,
+    kv: STORED_KV = None,
     calibration: CalibrationText = options.EMBEDDED,
     samples: Samples = options.SAMPLES,
     seqlen: Seqlen = options.SEQLEN,
@@ -100,7 +103,7 @@ def plan(
     here as it would be there.
     """
     options.prepare(verbose)
-    chosen = options.make_recipe(recipe, recipe_file, bits, group_size, settings)
+    chosen = with_kv(options.make_recipe(recipe, recipe_file, bits, group_size, settings), kv)
     from fewbit.cli.show import print_json
     from fewbit.cli.summary import show_layers, show_plan
     from fewbit.io.source import open_source

@@ -81,6 +81,11 @@ def calibrate(model: nn.Module, tokens: Tensor, kv: KVFormat) -> Steps:
     return largest(watches)
 
 
+def cached_layers(config: Any) -> int:
+    """How many layers keep keys and values, or a state."""
+    return len(DynamicCache(config=config).layers)
+
+
 def attentions(model: nn.Module, kv: KVFormat) -> dict[int, str]:
     """Layer -> name of its attention module, of all layers that ``kv`` covers.
 
@@ -125,7 +130,7 @@ def kept(model: nn.Module) -> tuple[KVFormat, Steps] | None:
     kv = getattr(model, "kv_format", None)
     if kv is None:
         return None
-    at, count = attentions(model, kv), len(DynamicCache(config=model.config).layers)
+    at, count = attentions(model, kv), cached_layers(model.config)
     sides = ([None] * count, [None] * count)
     for index, name in at.items():
         for side, (buffer, part) in enumerate(zip(NAMES, kv.parts(), strict=True)):

@@ -18,6 +18,7 @@ from fewbit.format import Format
 from fewbit.format.activation import Activation
 from fewbit.format.codec import FORMAT_CLASSES, from_plain, to_plain
 from fewbit.format.split import Split
+from fewbit.nn.kvcache import KVFormat, is_static
 from fewbit.recipe.sites import Role, SiteRule
 from fewbit.solve import SOLVERS, Need, Rtn, Solver
 from fewbit.solve.blocktune import BlockTuning
@@ -134,7 +135,7 @@ class Recipe:
     block before its layers are solved, in this order; tuning: what is still float in a block learns to make
     up for each group of layers that was quantized; None for no such thing. sites: what tensors of an encoder
     that no linear reads are rounded to, the first that names a tensor's role decides; embedding: the Format
-    of its token table.
+    of its token table. kv: keys and values whose fixed steps calibration finds and the checkpoint keeps.
     """
 
     name: str
@@ -144,8 +145,11 @@ class Recipe:
     tuning: BlockTuning | None = None
     sites: tuple[SiteRule, ...] = ()
     embedding: Format | None = None
+    kv: KVFormat | None = None
 
     def __post_init__(self):
+        if self.kv is not None:
+            self._check_kv()
         if self.of_encoder:
             self._check_encoder()
         elif not self.rules:
@@ -164,6 +168,18 @@ class Recipe:
     def of_encoder(self) -> bool:
         """Whether it speaks of tensors that only encoders have quantized: sums, outputs, the token table."""
         return bool(self.sites) or self.embedding is not None
+
+    def _check_kv(self) -> None:
+        if self.of_encoder:
+            raise InputError(
+                f"recipe {self.name!r} is of an encoder, which keeps no keys and values; leave kv out"
+            )
+        if not all(part.format is not None and is_static(part.format) for part in self.kv.parts()):
+            raise InputError(
+                f"recipe {self.name!r} keeps keys and values in a format that finds its steps as they come, "
+                "so a checkpoint has nothing to store; give fp8-tensor, fp8-head, int8-tensor or int8-head, "
+                "or --kv to eval and generate alone"
+            )
 
     def _check_encoder(self) -> None:
         for rule in self.rules:
@@ -215,7 +231,7 @@ def from_yaml(text: str, where: str = "recipe file") -> Recipe:
         raise InputError(f"{where} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise InputError(f"{where} holds no recipe; expected the YAML that fewbit writes beside a checkpoint")
-    own = (Recipe, Rule, SiteRule, Alternative, Incoherence, Rotation, BlockTuning)
+    own = (Recipe, Rule, SiteRule, Alternative, Incoherence, Rotation, BlockTuning, KVFormat)
     recipe = from_plain(data, (*own, *SOLVERS, *CHOOSERS, *FORMAT_CLASSES))
     if not isinstance(recipe, Recipe):
         raise InputError(f"{where} holds a {type(recipe).__name__}, expected a Recipe")

@@ -39,10 +39,10 @@ from fewbit.stream.layouts import (
     LAYOUTS,
     TARGETS,
     Layer,
+    besides,
     beyond,
     caveats,
     configuration,
-    matrices,
     plan_layers,
 )
 from fewbit.stream.shards import Shards
@@ -147,7 +147,7 @@ def export(
         temporary.mkdir(parents=True)
         shards = Shards(temporary, shard_bytes)
         copied, floats = _write(source, codec, layers, shards, progress)
-        shards.add(matrices(target, layers, source.dtype))
+        shards.add(besides(target, layers, source))
         count = shards.finish()
         _configure(source, temporary, settings)
         seen = None

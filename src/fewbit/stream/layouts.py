@@ -15,10 +15,21 @@ import torch
 from fewbit.errors import InputError
 from fewbit.format.block import Block2d
 from fewbit.format.format import Format
-from fewbit.io import awq, bitsandbytes, compressed_maps, compressed_tensors, fp8, gptq, native
+from fewbit.io import (
+    awq,
+    bitsandbytes,
+    compressed_kv,
+    compressed_maps,
+    compressed_tensors,
+    fp8,
+    gptq,
+    kv,
+    native,
+)
 from fewbit.io.compressed_config import refusal
 from fewbit.io.native import Entry
 from fewbit.io.source import Source
+from fewbit.nn.kvcache import KVFormat
 
 LAYOUTS = {
     "native": native,
@@ -120,27 +131,42 @@ def _alike(codec, layers: dict[str, Layer]) -> dict[str, Layer]:
     return out
 
 
+def kv_held(target: str, source: Source) -> KVFormat | None:
+    """How keys and values are stored, where the source says so and the layout holds it.
+
+    Raises ``InputError`` for a kind that compressed-tensors has no words for.
+    """
+    held = getattr(source, "kv", None)
+    why = None if held is None else compressed_kv.refusal(held)
+    if why is not None and target == "compressed-tensors":
+        raise InputError(f"the KV cache of {source.name} cannot be exported: {why}; choose another layout")
+    return held if target in ("native", "compressed-tensors") else None
+
+
 def configuration(target: str, layers: Mapping[str, Layer], left: Iterable[str], source: Source) -> dict:
     """The ``quantization_config`` of config.json."""
     entries, left = {name: layer.to for name, layer in layers.items()}, list(left)
     if not entries:
         raise InputError(f"{source.name} holds no quantized linear layer; there is nothing to export")
     if target == "native":
-        return native.quantization_config(entries, getattr(source, "sites", ()))
+        return native.quantization_config(entries, getattr(source, "sites", ()), kv_held(target, source))
     if target == "compressed-tensors":
         formats, given, maps = (
             {name: getattr(e, key) for name, e in entries.items()}
             for key in ("format", "activation", "online")
         )
         ordered = [name for name, e in entries.items() if e.ordered]
-        return compressed_tensors.quantization_config(formats, left, given, ordered=ordered, maps=maps)
+        return compressed_tensors.quantization_config(
+            formats, left, given, ordered=ordered, maps=maps, kv=kv_held(target, source)
+        )
     return LAYOUTS[target].quantization_config(entries, left)
 
 
-def matrices(target: str, layers: Mapping[str, Layer], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors of maps that run at every call, where the layout stores them."""
+def besides(target: str, layers: Mapping[str, Layer], source: Source) -> dict[str, torch.Tensor]:
+    """Tensors of maps that run at every call, and steps of keys and values, where the layout stores them."""
+    steps = {} if kv_held(target, source) is None else kv.to_dict(source.read_kv())
     maps = {name: layer.to.online for name, layer in layers.items()}
-    return compressed_maps.to_dict(maps, dtype) if target == "compressed-tensors" else {}
+    return steps | (compressed_maps.to_dict(maps, source.dtype) if target == "compressed-tensors" else {})
 
 
 def beyond(layers: Mapping[str, Layer]) -> list[str]:
@@ -161,6 +187,8 @@ def caveats(target: str, layers: Mapping[str, Layer], source: Source) -> list[st
     zeros = {n: x.zeros for n, x in layers.items() if x.zeros}
     if zeros:
         out.append(f"{sum(zeros.values())} steps are 0, their blocks too, first in {next(iter(zeros))}")
+    if getattr(source, "kv", None) is not None and kv_held(target, source) is None:
+        out.append("the fixed steps of keys and values stay behind: engines find their own, or keep floats")
     new = any(a is None for a in kept.values())
     if target == "compressed-tensors":
         given = {n: a for n, a in kept.items() if a is not None}

@@ -35,6 +35,7 @@ from fewbit.seams.diagonal import first
 from fewbit.solve.tune import Tuner
 from fewbit.stream.blocks import Blocks, set_weight
 from fewbit.stream.job import Job
+from fewbit.stream.keyvalue import KeyValues
 from fewbit.stream.memory import Heap
 from fewbit.stream.place import apart_of, in_flow, read_quantized
 from fewbit.stream.planned import Plan, PlannedLayer, codec
@@ -88,7 +89,8 @@ class Loop:
         self.witness = (
             tokens[:1, :64] if tokens is not None else (torch.arange(1, 33) * 7919 % vocabulary)[None]
         )
-        forward = lambda ids: Flow(lambda: self.model(ids.to(device), use_cache=False)[0])  # noqa: E731
+        self.kv = KeyValues(self.model, plan.recipe.kv)
+        forward = lambda ids: Flow(lambda: self.model(ids.to(device), **self.kv.watch())[0])  # noqa: E731
         guide = forward(self.witness)
         flows = []
         if tokens is not None:
@@ -105,6 +107,7 @@ class Loop:
                 self._block(i, guide, flows, stop)
                 if i < len(self.blocks) - 1:
                     continue
+                self.kv.finish(flows, self.blocks.modules[i])
                 for flow in flows:  # only the witness goes on to the logits
                     flow.abandon()
                 plan.source.release()

@@ -28,6 +28,7 @@ from fewbit.solve.blocktune import BlockTuning
 from fewbit.stream.blocks import Blocks, find_blocks, is_transposed, linears, weight_of
 from fewbit.stream.data import Calibration
 from fewbit.stream.estimate import check_disk, memory, memory_whole
+from fewbit.stream.keyvalue import kv_refusal
 from fewbit.stream.learning import learning, learns
 from fewbit.stream.planned import Plan, PlannedLayer, needs_of
 from fewbit.stream.sites import check_sentences, plan_sites, wants_sentences
@@ -57,15 +58,16 @@ def make_plan(
     if any(layer.activation is not None for layer in layers):
         reason = reason or "engines find steps of inputs in their own ways; `fewbit export` writes it there"
     if recipe.rotation is not None and recipe.rotation.online:
-        reason = reason or "Hadamard maps that run at every call are not written there yet"
+        reason = reason or "Hadamard maps at every call are what only some engines run (`fewbit export`)"
     if recipe.of_encoder:
         reason = "tables and quantizers of sums and outputs have no place there"
     if any(layer.rule.basis for layer in layers):
         reason = reason or "weights in a basis of their own are not written there"
     if any(x.rule.split is not None for x in layers):
         reason = reason or "columns kept in float have no place there"
-    needs = needs_of(layers, recipe)
-    used = calibration if needs or learns(recipe) or wants_sentences(recipe) else None
+    cannot = kv_refusal(recipe.kv, model)
+    needs, reason = needs_of(layers, recipe), reason or cannot
+    used = calibration if needs or recipe.kv or learns(recipe) or wants_sentences(recipe) else None
     if wants_sentences(recipe):
         check_sentences(recipe, calibration)
     if recipe.tuning is not None:

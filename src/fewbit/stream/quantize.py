@@ -182,7 +182,7 @@ def _by_blocks(loop: Loop, tokens: Tensor | None) -> _Made:
     return _Made(
         plan=replace(plan, layers=tuple(loop.done(x) for x in plan.layers)),
         rows=loop.rows,
-        outer=outer | loop.outer,
+        outer=outer | loop.outer | loop.kv.tensors(loop.mapping),
         check=lambda: verify(job.ready, loop.witness, logits, plan.device),
         blocks=len(loop.blocks),
         resumed=loop.resumed,
@@ -249,11 +249,12 @@ def quantization_config(plan: Plan) -> dict:
     """The ``quantization_config`` of config.json, in the language of the plan's checkpoint format."""
     if plan.checkpoint == "native":
         entries = {x.name: x.entry for x in plan.layers}
-        return native.quantization_config(entries, [site.entry for site in plan.sites])
+        return native.quantization_config(entries, [site.entry for site in plan.sites], plan.recipe.kv)
     # under both its names: transformers looks for those of its model, engines for those of the file
     named = {name: x for x in plan.layers for name in (x.name, x.module)}
     formats, inputs = ({n: getattr(x, k) for n, x in named.items()} for k in ("format", "activation"))
-    return compressed_tensors.quantization_config(formats, [*plan.left, *plan.left_modules], inputs)
+    left = [*plan.left, *plan.left_modules]
+    return compressed_tensors.quantization_config(formats, left, inputs, kv=plan.recipe.kv)
 
 
 def _write_manifest(plan: Plan, job: Job, rows: list[LayerRow], difference: float | None) -> None:
