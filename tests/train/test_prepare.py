@@ -17,6 +17,7 @@ from fewbit.format import (
     FP32,
     Channel,
     Format,
+    Gaussian,
     Group,
     MinMax,
     PerTensor,
@@ -38,6 +39,7 @@ from fewbit.train import (
     prepare,
     quest_input,
     quest_weight,
+    start_from,
 )
 from fewbit.transform import Incoherence
 
@@ -258,3 +260,21 @@ def test_training_wins_back_what_rounding_to_two_bits_cost():
     before = train(rounded, 1, 0.0)[0]
     after = train(trained, 30, 2e-3)[-1]
     assert after < 0.5 * before
+
+
+@pytest.mark.parametrize("fmt", [AFFINE, SYMMETRIC])
+def test_training_begins_at_what_another_method_found(fmt, tmp_path):
+    """The outputs before the first update are those of the quantized model, not of rounding to nearest."""
+    found = Format(grid=fmt.grid, block=fmt.block, range=Gaussian(), zero=fmt.zero, scale=fmt.scale)
+    quantized = convert(prepare(tiny("llama"), recipe(found)))
+    model = prepare(tiny("llama"), recipe(fmt), weight=LearnedRange())
+    with torch.no_grad():
+        nearest = model(**IDS).logits
+        start_from(model, quantized)
+        assert torch.equal(model(**IDS).logits, quantized(**IDS).logits)
+        assert not torch.equal(model(**IDS).logits, nearest)
+        assert torch.equal(convert(model)(**IDS).logits, quantized(**IDS).logits)
+    with pytest.raises(InputError, match="quantize with the format that is trained"):
+        start_from(prepare(tiny("llama"), recipe(NF4), weight=LearnedRange()), quantized)
+    with pytest.raises(InputError, match="has no quantized layer"):
+        start_from(prepare(tiny("llama"), recipe(fmt)), tiny("llama"))

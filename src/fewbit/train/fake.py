@@ -42,7 +42,7 @@ from fewbit.format import Format, Params, Zero
 from fewbit.format.affine import nonzero
 from fewbit.format.fake import Steps, Through, check, limits
 from fewbit.format.qtensor import value_of
-from fewbit.grid import Int
+from fewbit.grid import Int, Table
 
 FLOOR = 1e-8  # least trained step
 
@@ -68,8 +68,7 @@ class Clipped(Surrogate):
     """Those pass that rounded without being clipped."""
 
     def mask(self, u, v, fmt):
-        integers = isinstance(fmt.grid, Int)  # told apart so that torch.compile sees no list of points
-        low, high = (fmt.grid.min - 0.5, fmt.grid.max + 0.5) if integers else limits(fmt)
+        low, high = _ends(fmt)
         return (u >= low) & (u <= high)
 
 
@@ -252,6 +251,16 @@ class PACT(FakeQuant):
         with torch.no_grad():
             value = fmt.encode(x, self.params(x, fmt, learned)).dequantize(x.dtype)
         return Through.apply(fmt.block.join(soft, x.shape), value)
+
+
+def _ends(fmt: Format) -> tuple[float, float]:
+    """`limits`, without a tensor of points where they are known as numbers: a compiled graph holds none."""
+    if isinstance(fmt.grid, Int):
+        return fmt.grid.min - 0.5, fmt.grid.max + 0.5
+    if isinstance(fmt.grid, Table):
+        points = sorted(set(fmt.grid.values))
+        return points[0] - (points[1] - points[0]) / 2, points[-1] + (points[-1] - points[-2]) / 2
+    return limits(fmt)
 
 
 def _check_symmetric(rule: FakeQuant, fmt: Format) -> None:

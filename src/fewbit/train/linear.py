@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewbit.errors import InputError
-from fewbit.format import Format, Params
+from fewbit.format import Format, Params, QTensor, value_of
 from fewbit.format.activation import Activation
 from fewbit.nn import QLinear
 from fewbit.nn.stored import Stored
@@ -98,6 +98,26 @@ class FakeLinear(Stored, nn.Linear):
             started = quant.initial(x, fmt)
         for name, value in started.items():
             self.register_parameter(f"{side}_{name}", nn.Parameter(value.clone()))
+
+    @torch.no_grad()
+    def start_from(self, q: QTensor) -> None:
+        """Begin at what another method found: the weight becomes the values of ``q``, trained steps and zeros
+        its own, so that the codes of the first forward are those of ``q`` where steps are trained.
+
+        Raises ``InputError`` where ``q`` has another grid, other blocks or another kind of zero.
+        """
+        same = lambda f: (f.grid, f.block, f.zero)  # noqa: E731
+        if same(q.format) != same(self.format) or q.shape != self.weight.shape:
+            raise InputError(
+                f"a layer of {list(self.weight.shape)} that trains in {self.format} cannot start from "
+                f"{list(q.shape)} in {q.format}; quantize with the format that is trained"
+            )
+        value = q.dequantize()
+        self.weight.copy_(value if self.basis is None else self.basis.leave(value))
+        found = {"step": q.scale, "zero": q.zero}
+        for name, p in self._learned("weight").items():
+            if name in found:
+                p.copy_(value_of(found[name]))
 
     def _learned(self, side: str) -> dict[str, Tensor]:
         names = ("step", "zero", "alpha")

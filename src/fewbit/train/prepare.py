@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import InputError
+from fewbit.format.split import SplitTensor
 from fewbit.nn.blocks import find_blocks, is_transposed, linears
 from fewbit.nn.experts import is_fused
-from fewbit.nn.linear import transform_input
+from fewbit.nn.linear import QLinear, transform_input
 from fewbit.train.fake import FakeQuant, Straight
 from fewbit.train.linear import FakeLinear
 
@@ -95,6 +96,30 @@ def prepare(
     }
     for name, layer in made.items():
         model.set_submodule(name, layer)
+    return model
+
+
+def start_from(model: nn.Module, quantized: nn.Module) -> nn.Module:
+    """``model``, prepared, beginning at the weights and steps that another method found in ``quantized``.
+
+    quantized: the same model with `QLinear` layers, as ``fewbit.load`` gives a checkpoint: of GPTQ, say,
+    whose codes are a better start than the nearest ones. Raises ``InputError`` for layers that are not
+    quantized there, or in another format.
+    """
+    pairs = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, FakeLinear):
+            try:
+                found = quantized.get_submodule(name)
+            except AttributeError:
+                found = None
+            if not isinstance(found, QLinear) or isinstance(found.qweight, SplitTensor):
+                raise InputError(f"{name} is trained and has no quantized layer to start from; quantize it")
+            pairs.append((layer, found))
+    if not pairs:
+        raise InputError(f"{type(model).__name__} has no fake-quantized layers; call prepare first")
+    for layer, found in pairs:
+        layer.start_from(found.qweight)
     return model
 
 

@@ -1,0 +1,260 @@
+"""SmolLM2-135M trained at 2 or 3 bits against its float self, and what that wins over rounding alone.
+
+    python benchmarks/qat_smollm2.py --data FOLDER --out OUT --device cuda --minutes 3 --sample
+    python benchmarks/qat_smollm2.py --data FOLDER --out OUT --device cuda --minutes 8 --bits 2 &
+    python benchmarks/qat_smollm2.py --data FOLDER --out OUT --device cuda --minutes 8 --bits 3 &
+    python benchmarks/qat_smollm2.py --data FOLDER --smoke [--eager]
+
+The linears of the blocks train with their rounding in the loop (weights, steps, zeros: `LearnedRange`; norm
+gains as well; embedding and head stay as they are), from the codes of GPTQ, on the KL divergence of the whole
+vocabulary from the float model. Text: C4, Wikipedia, books, speeches and WikiText-2 validation (which the
+rows of methods.py are calibrated on), and what the model writes itself: ``--sample`` continues beginnings of
+those texts for so many minutes and keeps them in OUT, where later runs find them. Windows of 512 tokens;
+the float model's last hidden states are computed once. Products in bfloat16, weights and optimizer float32.
+The rates are shares of each weight's root mean square and fall to 0 by a cosine of the time.
+
+Evaluation as in methods.py: 12 windows of 512 tokens of WikiText-2 raw test, against the float model, of the
+model that was trained and of the converted one, whose outputs must be the same bits. The last windows of the
+validation text teach nothing; their KL is in the log.
+
+Writes OUT/NAME.json and a checkpoint OUT/NAME. ``--page`` prints the rows kept in
+benchmarks/results/qat_smollm2 as benchmarks/results/qat_smollm2.md.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from qat_texts import LENGTH, START, TEST, VALID, hidden, say, states, targets, texts, write
+
+import fewbit
+from fewbit.compare.worker import device_name
+from fewbit.evaluate import Protocol, windows
+from fewbit.io.attached import make_saveable
+from fewbit.io.source import open_source
+from fewbit.io.text import read_text
+from fewbit.train import (
+    FakeLinear,
+    LearnedRange,
+    convert,
+    forward_kl,
+    kd_loss,
+    prepare,
+    start_from,
+)
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results" / "qat_smollm2"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=ROOT.parent.parent / "shared" / "data")
+    parser.add_argument("--model", default="smollm2", help="or a folder or file of it")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--minutes", type=float, default=8.0, help="set-up and training")
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=2)
+    parser.add_argument("--grid", help="'int': asymmetric integers; 'midrise': odd multiples of half a step")
+    parser.add_argument("--group", type=int, default=64, help="weights that share a step; -1: a row")
+    parser.add_argument("--start", choices=("gptq", "nearest"), default="gptq")
+    parser.add_argument("--lr", type=float, help="of weights, as a share of their root mean square")
+    parser.add_argument("--lr-steps", type=float, default=1e-3, help="of steps, likewise")
+    parser.add_argument("--batch", type=int, default=32, help="windows per update")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--sample", action="store_true", help="write text for later runs; train nothing")
+    parser.add_argument("--own-only", action="store_true", help="learn from text the model wrote, no other")
+    parser.add_argument("--rows", type=int, default=1536, help="texts written at a time")
+    parser.add_argument("--out", type=Path, default=ROOT.parent / "out" / "qat_smollm2")
+    parser.add_argument("--name", help="of the row; made of the settings otherwise")
+    parser.add_argument("--smoke", action="store_true", help="a few steps on a CPU: does it run?")
+    parser.add_argument("--page", action="store_true", help="print the kept rows, and train nothing")
+    args = parser.parse_args()
+    args.grid = args.grid or ("midrise" if args.bits == 2 else "int")
+    args.lr = args.lr or {2: 5e-3, 3: 3e-3, 4: 1.5e-3}[args.bits]
+    if args.smoke:
+        args.batch, args.minutes, args.rows = 2, 5.0, 2
+    size = "row" if args.group < 0 else f"g{args.group}"
+    args.name = args.name or f"{args.grid}{args.bits}-{size}-lr{args.lr:g}-{args.start}-{args.minutes:g}m"
+    return args
+
+
+def recipe(args: argparse.Namespace) -> fewbit.Recipe:
+    """GPTQ's, whose weight formats training takes over."""
+    grid = {"int": f"int{args.bits}", "midrise": f"midrise{args.bits}"}[args.grid]
+    return fewbit.recipes.gptq(grid=grid, group_size=args.group, symmetric=args.grid != "int", scale="fp16")
+
+
+def groups(model, args: argparse.Namespace) -> list[dict]:
+    """Parameters by rate: shares of their root mean square, in powers of the square root of 2."""
+    rates: dict[float, list] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            fast = args.lr if name.endswith(".weight") and p.ndim > 1 else args.lr_steps
+            size = 1.0 if name.endswith("weight_zero") else float(p.detach().square().mean().sqrt())
+            rate = fast * 2 ** (round(2 * math.log2(max(size, 1e-6))) / 2)
+            rates.setdefault(rate, []).append(p)
+    return [{"params": own, "lr": rate, "first": rate} for rate, own in rates.items()]
+
+
+def train(model, taught, target, held, held_target, args: argparse.Namespace) -> dict:
+    """Updates until the minutes are over; what the run was."""
+    head = model.lm_head
+    compiled = [] if args.eager else list(model.model.layers)
+    for block in compiled:
+        block.compile(fullgraph=True)
+    divergence = forward_kl if args.eager else torch.compile(forward_kl)
+
+    def loss_of(tokens, wanted):
+        with torch.autocast(args.device.split(":")[0], torch.bfloat16):
+            return kd_loss(hidden(model, tokens, args), wanted, head, chunk=4096, divergence=divergence)
+
+    held_loss = lambda: loss_of(held, held_target).item()  # with gradients: nothing is compiled anew  # noqa: E731
+    model.train()
+    optimizer = torch.optim.AdamW(
+        groups(model, args), betas=(0.9, 0.95), weight_decay=0.0, fused=args.device != "cpu"
+    )
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        loss_of(taught[: args.batch], target[: args.batch]).backward()  # compiles
+    except RuntimeError as error:
+        if not compiled:
+            raise
+        say(f"torch.compile failed, so the blocks run as they are: {str(error).splitlines()[0]}")
+        eager(compiled)
+        loss_of(taught[: args.batch], target[: args.batch]).backward()
+    optimizer.zero_grad()
+    first_held = held_loss()
+    say(f"{sum(p.numel() for p in trained):,} parameters, held-out KL {first_held:.4f}")
+    begun, budget = time.perf_counter(), 60 * args.minutes - (time.perf_counter() - START)
+    generator = torch.Generator().manual_seed(args.seed)
+    queue, step, seen = [], 0, []
+    looked, asked = begun, begun
+    while (share := (time.perf_counter() - begun) / max(budget, 1.0)) < 1 and not (args.smoke and step == 3):
+        if not queue:
+            queue = list(torch.randperm(len(taught), generator=generator).split(args.batch))[::-1]
+            queue = [rows for rows in queue if len(rows) == args.batch]
+        rows = queue.pop()
+        for group in optimizer.param_groups:
+            group["lr"] = group["first"] * min(1.0, share / 0.03) * (0.5 + 0.5 * math.cos(math.pi * share))
+        loss = loss_of(taught[rows], target[rows.to(target.device)])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(loss.detach())
+        step += 1
+        now = time.perf_counter()
+        if now - looked > 10 or args.smoke:
+            recent = torch.stack(seen).mean().item()
+            rate = step * args.batch * taught.shape[1] / (time.perf_counter() - begun)
+            say(f"step {step}, {100 * share:.0f} %, KL {recent:.4f}, {rate:,.0f} tokens/s")
+            seen, looked = [], now
+        if now - asked > 60:
+            say(f"held-out KL {held_loss():.4f}")
+            asked = now
+    seconds = time.perf_counter() - begun
+    last_held = held_loss()
+    eager(compiled)  # what follows has other shapes
+    say(f"{step} steps in {seconds:.0f} s, held-out KL {first_held:.4f} -> {last_held:.4f}")
+    tokens = step * args.batch * taught.shape[1]
+    return {
+        "steps": step, "tokens": tokens, "texts": taught.numel(), "train_seconds": seconds,
+        "tokens_per_second": tokens / seconds, "held_kl_before": first_held, "held_kl": last_held,
+    }  # fmt: skip
+
+
+def eager(blocks: list) -> None:
+    for block in blocks:
+        block._compiled_call_impl = None
+
+
+def start(model, args: argparse.Namespace) -> None:
+    """The codes of GPTQ, in the format that trains; kept in OUT for other runs of that format."""
+    folder = args.out / f"start-{args.grid}{args.bits}-{args.group}"
+    if not folder.exists():
+        calibration = fewbit.Calibration(source=args.data / VALID, samples=128, seqlen=LENGTH)
+        how = {"calibration": calibration, "device": args.device, "read_back": False}
+        fewbit.quantize(args.model, recipe(args), output=folder, **how)
+        say("GPTQ is done")
+    start_from(model, fewbit.load(folder, device=args.device, dtype=torch.float32))
+
+
+def main() -> None:
+    args = arguments()
+    if args.page:
+        return page()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    tokenizer = open_source(args.model).tokenizer()
+    taught, held = texts(args, tokenizer)
+    original = fewbit.load(args.model, dtype=torch.float32).to(args.device).requires_grad_(False)
+    if args.sample:
+        return write(args, original, taught)
+    model = prepare(copy.deepcopy(original), recipe(args), weight=LearnedRange())
+    if args.start == "gptq":
+        start(model, args)
+    for name, p in model.named_parameters():  # embedding and head stay as they are
+        p.requires_grad_("layers." in name or name == "model.norm.weight")
+    say(f"the float model reads {taught.numel():,} tokens")
+    target, held_target = targets(original, taught, args), states(original, held, args)
+    protocol = Protocol(windows=1, window=64) if args.smoke else Protocol()
+    test = windows(tokenizer, read_text(args.data / TEST), protocol)
+    score = lambda m: fewbit.evaluate(m.eval(), test, protocol, against=original)  # noqa: E731
+    before = score(model)
+    say(f"before training: KL {before.kl:.4f}, perplexity {before.perplexity:.2f}")
+    row = {"name": args.name, "bits": bits(model), "device": device_name(args.device)}
+    row |= train(model, taught, target, held, held_target, args)
+    del target
+    trained = score(model)
+    with torch.no_grad():
+        want = model(input_ids=test[:1].to(args.device)).logits
+        equal = torch.equal(convert(model)(input_ids=test[:1].to(args.device)).logits, want)
+    result = score(model)
+    say(f"KL {trained.kl:.4f}, perplexity {trained.perplexity:.2f}")
+    say(f"converted: KL {result.kl:.4f}, the same bits: {equal}")
+    row |= {"before": before.kl, "trained": trained.kl, "same_bits": equal, "settings": settings(args)}
+    row |= {k: v for k, v in result.as_dict().items() if k in ("kl", "kl_error", "top1", "perplexity")}
+    (args.out / f"{args.name}.json").write_text(json.dumps(row, indent=1) + "\n")
+    make_saveable(model).save_pretrained(args.out / args.name)
+    tokenizer.save_pretrained(args.out / args.name)
+    say(f"{args.out / args.name}.json")
+
+
+def bits(model) -> float:
+    """Stored bits of a weight, steps and zeros counted."""
+    layers = [m for m in model.modules() if isinstance(m, FakeLinear)]
+    total = sum(m.format.bits_per_weight(m.weight.shape) * m.weight.numel() for m in layers)
+    return total / sum(m.weight.numel() for m in layers)
+
+
+def settings(args: argparse.Namespace) -> dict:
+    kept = ("minutes", "bits", "grid", "group", "start", "lr", "lr_steps", "batch", "seed", "own_only")
+    return {name: getattr(args, name) for name in kept}
+
+
+def page() -> None:
+    rows = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
+    rows.sort(key=lambda r: (r["bits"], r["kl"]))
+    lines = [
+        "Printed by `python benchmarks/qat_smollm2.py --page` (its first lines say what wrote the rows).",
+        "",
+        "| row | bits / weight | KL before | KL | ± | top-1 % | perplexity | updates | M tokens | min | on |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]  # fmt: skip
+    for r in rows:
+        lines.append(
+            f"| {r['name']} | {r['bits']:.3f} | {r['before']:.3f} | {r['kl']:.4f} | {r['kl_error']:.4f} | "
+            f"{100 * r['top1']:.1f} | {r['perplexity']:.2f} | {r['steps']} | {r['tokens'] / 1e6:.1f} | "
+            f"{r['train_seconds'] / 60:.1f} | {r['device']} |"
+        )
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
