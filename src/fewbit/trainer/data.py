@@ -114,4 +114,6 @@ class Order(Sampler[list[int]]):
 
 def batches(ids: Tensor, settings: Settings, first: int = 0) -> Iterator[Tensor]:
     """Batches [b, l] from number ``first`` on, without end."""
-    return iter(DataLoader(Windows(ids, settings.length), batch_sampler=Order(len(ids), settings, first)))
+    order, own = Order(len(ids), settings, first), torch.Generator()
+    # With a generator of its own: else it draws a seed for workers from that of stochastic rounding.
+    return iter(DataLoader(Windows(ids, settings.length), batch_sampler=order, generator=own))
