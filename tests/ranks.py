@@ -13,8 +13,11 @@ import tempfile
 import traceback
 from pathlib import Path
 
-PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "fewbit.train.distributed"]
-LIMIT = 120  # seconds of one piece of work
+PRELOAD = [
+    "torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel", "fewbit.train.distributed",
+]  # fmt: skip
+LIMIT = 40  # seconds of one piece of work
 
 
 def _serve(rank, world, store, pipe):

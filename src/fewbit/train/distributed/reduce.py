@@ -221,10 +221,15 @@ def _probe(device: torch.device, dtype: torch.dtype, group: dist.ProcessGroup) -
     return bool(verdict.item())
 
 
-def check(fmt: Format) -> None:
-    """Raise ``InputError`` unless ``fmt`` is an 8-bit float with one float32 step for a tensor."""
+def exchangeable(fmt: Format) -> bool:
+    """True for an 8-bit float with one float32 step for a tensor."""
     eight = getattr(fmt.grid, "torch_dtype", None) is not None and fmt.grid.bits == 8
-    if not (eight and isinstance(fmt.block, PerTensor) and fmt.scale == FP32 and fmt.symmetric):
+    return eight and isinstance(fmt.block, PerTensor) and fmt.scale == FP32 and fmt.symmetric
+
+
+def check(fmt: Format) -> None:
+    """Raise ``InputError`` unless ``fmt`` is `exchangeable`."""
+    if not exchangeable(fmt):
         raise InputError(
             f"ranks exchange 8-bit floats with one float32 step for a tensor, got {fmt}; use E4M3 or E5M2 of "
             "fewbit.train.distributed"
