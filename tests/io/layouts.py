@@ -82,3 +82,15 @@ def decode_fp8(t: Mapping[str, torch.Tensor], module: str, size: int = 128) -> n
     w, s = t[f"{module}.weight"].float().numpy(), t[f"{module}.weight_scale_inv"].numpy()
     i, j = (np.arange(n) // size for n in w.shape)
     return w * s[i][:, j]
+
+
+def decode_ordered(t: Mapping[str, torch.Tensor], module: str, bits: int) -> np.ndarray:
+    """W [out, in] float32 of a compressed-tensors module of packed integers with columns in any order."""
+    get = lambda name: t[f"{module}.{name}"].numpy()  # noqa: E731
+    rows, columns = get("weight_shape").tolist()
+    u = np.stack([fields(row, bits, columns) for row in get("weight_packed")]).astype(np.int64)
+    z = np.full(get("weight_scale").shape, 2 ** (bits - 1))
+    if f"{module}.weight_zero_point" in t:
+        z = np.stack([fields(column, bits, rows) for column in get("weight_zero_point").T], 1)
+    g = get("weight_g_idx")
+    return (u - z[:, g]).astype(np.float32) * get("weight_scale").astype(np.float32)[:, g]
