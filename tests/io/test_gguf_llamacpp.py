@@ -4,14 +4,8 @@ llama.cpp unpacks the weights to float32 here, because with quantized weights it
 to 8 bits, which is its arithmetic and not the file's (benchmarks/results/gguf_llamacpp.md has both).
 """
 
-import importlib.util
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
+from llamacpp import greedy, llama_cpp, needs_llama_cpp
 from quantized import save_quantized
 from tiny import tiny_ids
 
@@ -21,27 +15,7 @@ from fewbit.io.gguf_write import write
 from fewbit.io.source import open_source
 from fewbit.recipe import named
 
-CLIENT = Path(__file__).parents[2] / "benchmarks" / "llamacpp_client.py"
 TEXTS = ("The capital of France is", "Once upon a time, there was")
-
-
-needs_llama_cpp = pytest.mark.skipif(
-    importlib.util.find_spec("llama_cpp") is None, reason="needs llama.cpp: pip install llama-cpp-python"
-)
-
-
-def llama_cpp(path, **question):
-    command = [sys.executable, CLIENT, path, "--unpack"]
-    done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
-
-
-def greedy(model, prompt, count):
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        for _ in range(count):
-            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    return ids[0, len(prompt) :].tolist()
 
 
 @needs_llama_cpp
