@@ -160,7 +160,7 @@ class Float(Grid):
             return self._encode(x, generator)
         if self.torch_dtype is not None and self.saturate:
             return x.float().clamp(self.min, self.max).to(self.torch_dtype).view(self.code_dtype)
-        if self.bits > 8:
+        if self.bits > 8 or torch.compiler.is_compiling():  # a graph would build the table at every call
             return self._encode(x)
         # Sign, exponent and M + 1 fraction bits, then one bit that says whether anything follows ("sticky"):
         # enough to round to M bits, since a tie is decided by the bit behind the fraction and whether more
@@ -174,7 +174,7 @@ class Float(Grid):
 
     def value(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of bit patterns, with -0, Inf and NaN; see `Grid.value`."""
-        if self.bits <= 8:
+        if self.bits <= 8 and not torch.compiler.is_compiling():
             return lookup(_values(self, codes.device, dtype), codes)
         if self.torch_dtype is not None:
             return codes.to(self.code_dtype).view(self.torch_dtype).to(dtype)

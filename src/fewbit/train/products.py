@@ -257,6 +257,8 @@ def _check(fmt: Format) -> None:
             f"steps of operands come from the largest magnitude, got {type(fmt.range).__name__}; use "
             "AbsMax() or PowerOfTwo()"
         )
+    while fmt is not None:  # computed once and here: torch.compile traces no locks of cached properties
+        _, fmt = (fmt.reach, fmt.grid.max, fmt.grid.min, fmt.grid.least), fmt.scale
 
 
 def _tile(fmt: Format) -> tuple[int, int]:
