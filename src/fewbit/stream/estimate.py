@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fewbit.errors import InputError
+from fewbit.stream.memory import resident
 from fewbit.stream.sites import BATCH
 
 SPREAD = 4  # tokens of a whole block that an expert is solved from, for each of its inputs
@@ -38,7 +39,7 @@ def memory(model, blocks, layers, calibration, device, depth, item, recipe) -> t
     per_block = [sum(p.numel() for p in b.parameters()) * item for b in blocks.modules]
     largest = max(math.prod(layer.shape) for layer in layers) * 4
     outer = sum(p.numel() for p in model.parameters()) * item - sum(per_block)
-    base = 0 if device != "cpu" else _resident()
+    base = _base(device)
     tokens = calibration.samples * calibration.seqlen if calibration else 64
     widths, tuning = sorted({layer.shape[1] for layer in layers}), recipe.tuning
     hidden = model.config.get_text_config().hidden_size
@@ -89,7 +90,7 @@ def memory_whole(model, layers, calibration, device, depth, item) -> tuple[str, 
     config, sentence = model.config, calibration.seqlen if calibration else 32
     tokens = BATCH * min(sentence, config.max_position_embeddings)
     running = tokens * item * (8 * config.hidden_size + 4 * config.intermediate_size)
-    peak = int((0 if device != "cpu" else _resident()) + 1.4 * (weights + max(rounding, running)))
+    peak = int(_base(device) + 1.4 * (weights + max(rounding, running)))
     if peak > available(device):
         raise InputError(
             f"this run needs about {peak / 1e9:.1f} GB and {device} has {available(device) / 1e9:.1f} GB"
@@ -97,13 +98,11 @@ def memory_whole(model, layers, calibration, device, depth, item) -> tuple[str, 
     return "whole", peak
 
 
-def _resident() -> int:
-    """Resident bytes of this process now."""
-    try:
-        with open("/proc/self/statm") as f:
-            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux: the usual size of torch and transformers
-        return 500_000_000
+def _base(device: str) -> int:
+    """Bytes that the process holds already, of the device that computes; where the system does not tell, the
+    usual size of torch and transformers.
+    """
+    return 0 if device != "cpu" else resident() or 500_000_000
 
 
 def available(device: str) -> int:
@@ -113,6 +112,6 @@ def available(device: str) -> int:
     try:
         with open("/proc/meminfo") as f:
             kb = {line.split(":")[0]: int(line.split()[1]) for line in f}
-        return kb["MemAvailable"] * 1024 + _resident()
+        return kb["MemAvailable"] * 1024 + _base(device)
     except (OSError, KeyError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
