@@ -69,6 +69,7 @@ class SharedScale:
         self.share = torch.zeros_like(self.mu)  # of saturated entries, at the last step
         self.steps = self.skipped = 0
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._at: dict[tuple[int, ...], Tensor] = {}
         self._finite = torch.ones((), dtype=torch.bool, device=device)
 
     def finite(self) -> bool:
@@ -89,7 +90,7 @@ class SharedScale:
         low = [i for i, k in enumerate(at) if k is not None]
         rest = [i for i, k in enumerate(at) if k is None]
         if low:
-            k = torch.tensor([at[i] for i in low], device=self.mu.device)
+            k = self._indices(tuple(at[i] for i in low))
             picked = [grads[i] for i in low]
             found = mean(picked, self.mu[k], fmt=self.format, road=self.road, group=self.group)
             for i, q in zip(low, found.tensors, strict=True):
@@ -105,6 +106,12 @@ class SharedScale:
             for i, part in zip(rest, flat.split([grads[i].numel() for i in rest]), strict=True):
                 out[i] = part.view_as(grads[i])
         return out
+
+    def _indices(self, at: tuple[int, ...]) -> Tensor:
+        """Where the mu of a bucket's parameters are; made once, since a copy to the device waits for it."""
+        if at not in self._at:
+            self._at[at] = torch.tensor(at, device=self.mu.device)
+        return self._at[at]
 
     def reduce(self, bucket: dist.GradBucket) -> Tensor:
         """The bucket's buffer with the means over the ranks in it."""
