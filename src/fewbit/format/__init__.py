@@ -39,10 +39,9 @@ RANGES = (
 )  # fmt: skip
 
 __all__ = [
-    "ACIQ", "BF16", "BLOCKS", "DOUBLE_QUANT", "E4M3_OVER_FP32", "E8M0", "FORMATS", "FP16", "FP32",
-    "MSE", "OCTAV", "RANGES", "SCALES", "AbsMax", "Block", "Block2d", "Channel", "Clusters", "Codebook",
-    "Divisor", "Flat",
-    "Format", "Gaussian", "Group", "LeastSquares", "MinMax", "Need", "OutputMSE", "Params", "PerTensor",
-    "Percentile", "PowerOfTwo", "Prior", "Progressive", "QTensor", "Range", "Scaling", "Stats", "Tiles",
-    "Token", "Zero", "find_format", "format_by_name", "value_of",
+    "ACIQ", "BF16", "BLOCKS", "DOUBLE_QUANT", "E4M3_OVER_FP32", "E8M0", "FORMATS", "FP16", "FP32", "MSE",
+    "OCTAV", "RANGES", "SCALES", "AbsMax", "Block", "Block2d", "Channel", "Clusters", "Codebook", "Divisor",
+    "Flat", "Format", "Gaussian", "Group", "LeastSquares", "MinMax", "Need", "OutputMSE", "Params",
+    "PerTensor", "Percentile", "PowerOfTwo", "Prior", "Progressive", "QTensor", "Range", "Scaling", "Stats",
+    "Tiles", "Token", "Zero", "find_format", "format_by_name", "value_of",
 ]  # fmt: skip

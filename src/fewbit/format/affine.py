@@ -61,9 +61,8 @@ def raw_step(fmt: Format, lo: Tensor, hi: Tensor) -> Tensor:
     if fmt.zero is Zero.INTEGER or fmt.offsets is not None:  # z is a code and 0.0 exact; coded m are <= 0
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     step = (hi - lo) / fmt.reach
-    if fmt.zero is Zero.FLOAT:  # lo / step must stay finite: a constant block is its own step
-        step = torch.where(step > 0, step, lo.abs())
-    return step
+    # lo / step of a float zero must stay finite: a constant block is its own step
+    return torch.where(step > 0, step, lo.abs()) if fmt.zero is Zero.FLOAT else step
 
 
 def stored_steps(fmt: Format, raw: Tensor, x: Tensor) -> Tensor | QTensor:

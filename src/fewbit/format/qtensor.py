@@ -49,6 +49,11 @@ class QTensor:
         return block.join(blocks, self.shape).to(dtype)
 
     @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.codes.device
+
+    @property
     def nbytes(self) -> float:
         """Bytes of everything that must be stored, densely packed: codes, scales, zeros, tables."""
         return self.bits_per_weight * math.prod(self.shape) / 8

@@ -45,6 +45,8 @@ class Online(Protocol):
 class QLinear(Stored):
     """``in_features`` -> ``out_features`` with a quantized weight [out, in] and an optional bias [out].
 
+    Gradients pass to the input and to the bias; the weight stays.
+
     activation: how the input is quantized, or None; params: its steps when they are static; online: the map
     of the input that comes before, or None; output: the map of the output whose inverse comes after, or None.
     """
@@ -102,7 +104,11 @@ class QLinear(Stored):
         if self.apart is not None:
             wide, x = x[..., self.apart_columns], x.index_fill(-1, self.apart_columns, 0)
         bias = self.bias if self.output is None else None
-        y = linear(x, self._rest, bias, self.activation, self.params)
+        if x.requires_grad and torch.is_grad_enabled():
+            y = _Product.apply(x, self)
+            y = y if bias is None else y + bias.to(y.dtype)
+        else:
+            y = linear(x, self._rest, bias, self.activation, self.params)
         if wide is not None:
             y = y + F.linear(wide, self.apart.to(x.dtype))
         if self.output is None:
@@ -119,6 +125,23 @@ class QLinear(Stored):
         parts += [] if self.online is None else [f"after {self.online}"]
         parts += [] if self.output is None else [f"before the inverse of {self.output}"]
         return ", ".join(str(part) for part in parts)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T of a `QLinear`, by any kernel, with the gradient of x: dx = dy W, straight through its rounding.
+
+    W is decoded again for it. Autograd would keep every layer's decoded weight until then, which is the wide
+    model whole.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: QLinear) -> Tensor:
+        ctx.layer = layer
+        return linear(x, layer._rest, None, layer.activation, layer.params)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer._rest.dequantize(grad.dtype), None
 
 
 def see_quantized(

@@ -1,5 +1,6 @@
 """Training with quantization in the loop: fake quantization with a gradient, prepare, convert."""
 
+from fewbit.train.adapters import add_adapters, merge_adapters
 from fewbit.train.amaxes import advance
 from fewbit.train.distill import forward_kl, kd_loss, sample_text
 from fewbit.train.fake import (
@@ -42,12 +43,13 @@ from fewbit.train.scalings import (
 from fewbit.train.states import STATES, States
 
 __all__ = [
-    "LEVELS", "LSQ", "O1", "O2", "O3", "OPTIMIZERS", "PACT", "PRODUCTS", "STATES", "Clipped", "FakeLinear",
-    "FakeQuant", "Guard", "Identity", "Interior", "Keep", "LearnedRange", "Level", "LossScaler", "LowAdamW",
-    "LowLinear", "Product", "Products", "States", "Straight", "Surrogate", "Trust", "advance", "blockwise",
-    "clear", "clip_gradients", "convert", "delayed", "fake", "forward_kl", "fp8_gradients", "gradient",
-    "gradients", "kd_loss", "low_adamw", "lower", "midrise", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "prepare",
-    "quest_input", "quest_weight", "restore", "rowwise", "rowwise_wide_weight_gradient", "sample_text",
-    "set_gradient", "stable_adamw", "start_from", "switchback", "switchback_memory", "switchback_rows",
-    "tensorwise",
+    "LEVELS", "LSQ", "O1", "O2", "O3", "OPTIMIZERS", "PACT", "PRODUCTS", "STATES", "Clipped",
+    "FakeLinear", "FakeQuant", "Guard", "Identity", "Interior", "Keep", "LearnedRange", "Level",
+    "LossScaler", "LowAdamW", "LowLinear", "Product", "Products", "States", "Straight", "Surrogate",
+    "Trust", "add_adapters", "advance", "blockwise", "clear", "clip_gradients", "convert",
+    "delayed", "fake", "forward_kl", "fp8_gradients", "gradient", "gradients", "kd_loss",
+    "low_adamw", "lower", "merge_adapters", "midrise", "mxfp4", "mxfp6", "mxfp8", "nvfp4",
+    "prepare", "quest_input", "quest_weight", "restore", "rowwise", "rowwise_wide_weight_gradient",
+    "sample_text", "set_gradient", "stable_adamw", "start_from", "switchback", "switchback_memory",
+    "switchback_rows", "tensorwise",
 ]  # fmt: skip
