@@ -49,3 +49,25 @@ def test_wrong_formats_are_one_sentence(fewbit, llama, kv, sentence):
         assert ran.code == 2
         assert sentence in ran.err
         assert "Traceback" not in ran.err
+
+
+def test_steps_that_quantize_stored_are_what_eval_and_generate_use(fewbit, llama):
+    words = ("-r", "rtn", "--group-size", 32, "--samples", 2, "--seqlen", 32, "--kv", "fp8-tensor")
+    fewbit("quantize", llama, *words, "-o", "out")
+    found = fewbit("eval", "out", "--window", 96, "--windows", 1, "--json").json
+    assert (found["kv"], found["chunk"]) == ("fp8-tensor", 64)
+    assert found["cache_bytes"] == 96 * 2 * 2 * 2 * 16
+    plain = fewbit("eval", "out", "--window", 96, "--windows", 1, "--kv", "float", "--json").json
+    assert (plain["kv"], plain["chunk"]) == (None, None)
+    assert found["perplexity"] != plain["perplexity"]
+    assert "KV cache fp8-tensor:" in fewbit("generate", "out", "It was", "--max-new-tokens", 3).err
+    ran = fewbit("quantize", llama, *words[:-1], "kivi4", "-o", "other")
+    assert ran.code == 2
+    assert "a checkpoint has nothing to store" in ran.err
+
+
+def test_an_unknown_layout_is_named_without_the_parser_s_own_words(fewbit, llama):
+    ran = fewbit("export", llama, "--to", "foo", "-o", "out")
+    assert ran.code == 2
+    assert "Invalid value for '--to': 'foo' is not one of" in ran.err
+    assert "Value error" not in ran.err

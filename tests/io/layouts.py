@@ -92,5 +92,6 @@ def decode_ordered(t: Mapping[str, torch.Tensor], module: str, bits: int) -> np.
     z = np.full(get("weight_scale").shape, 2 ** (bits - 1))
     if f"{module}.weight_zero_point" in t:
         z = np.stack([fields(column, bits, rows) for column in get("weight_zero_point").T], 1)
-    g = get("weight_g_idx")
+    g = np.arange(columns) // (columns // z.shape[1])
+    g = get("weight_g_idx") if f"{module}.weight_g_idx" in t else g
     return (u - z[:, g]).astype(np.float32) * get("weight_scale").astype(np.float32)[:, g]

@@ -86,7 +86,7 @@ def from_config(
     out: dict[str, Maps] = {}
     own = set(stored(config, infos))
     matrices = (n for n, i in infos.items() if n.endswith(".weight") and len(i.shape) == 2 and n not in own)
-    plain = [n.removesuffix(".weight") for n in matrices]
+    plain = [m for n in matrices if (m := n.removesuffix(".weight")) not in shapes]
     for name, group in _groups(config).items():
         if not isinstance(group, Mapping):
             raise InputError(f"the transform {name!r:.60} of this checkpoint is no object; it is broken")
