@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/product_errors.py > benchmarks/results/product_errors.md
 
 A layer of 512 inputs and 256 outputs, 1024 tokens, all normal, seed 0. Relative errors (Frobenius norms)
-against float64 of y = x W^T, dx = G W and dW = G^T x. "Outlying tokens": 8 tokens of x are a million times as
-large, and the error is that of y over the others. "Kept": bytes an element of x that wait for backward, from a
-bfloat16 input, without the weight.
+against float64 of y = x W^T, dx = G W and dW = G^T x. "Outlying tokens": 8 tokens of x are a million times
+as large, and the error is that of y over the others. "Kept": bytes an element of x that wait for backward,
+from a bfloat16 input, without the weight.
 """
 
 import torch
@@ -20,7 +20,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def kept(low: LowLinear, x: torch.Tensor) -> float:
-    """Bytes an element of x held between forward and backward; the weight is frozen, then the input."""
+    """Bytes held between forward and backward, for each element of x."""
     sizes = []
 
     def pack(t: torch.Tensor) -> torch.Tensor:

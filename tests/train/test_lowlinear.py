@@ -1,6 +1,8 @@
 """LowLinear as users meet it: what is kept and computed, layers by name, refusals, resuming."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,3 +228,13 @@ def test_the_blocks_of_a_format_tell_where_products_are_padded():
     how = Product(left=rows("e4m3fn", Group(48)), right=rows("e4m3fn", Block2d(32, 48)))
     assert [c.tile for c in how.casts] == [(16, 48), (32, 48)]
     assert rows("e4m3fn", PerTensor()) == tensorwise().forward.left
+
+
+def test_the_loop_of_the_page_trains(folders):
+    page = Path(__file__).parents[2] / "docs" / "fp8-training.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert '"smollm2"' in code
+    names = {}
+    exec(compile(code.replace('"smollm2"', repr(str(folders / "llama"))), str(page), "exec"), names)
+    assert names["loss"].isfinite()
+    assert type(names["model"].model.layers[0].mlp.up_proj) is nn.Linear
