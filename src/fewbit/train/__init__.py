@@ -21,6 +21,7 @@ from fewbit.train.guard import Guard, LossScaler, clip_gradients
 from fewbit.train.levels import LEVELS, O1, O2, O3, OPTIMIZERS, Level, low_adamw, stable_adamw
 from fewbit.train.linear import FakeLinear
 from fewbit.train.lowlinear import LowLinear, lower, restore
+from fewbit.train.narrow import NarrowLinear, narrow, widen
 from fewbit.train.optimizer import LowAdamW
 from fewbit.train.prepare import convert, prepare, start_from
 from fewbit.train.products import Keep, Product, Products
@@ -45,11 +46,11 @@ from fewbit.train.states import STATES, States
 __all__ = [
     "LEVELS", "LSQ", "O1", "O2", "O3", "OPTIMIZERS", "PACT", "PRODUCTS", "STATES", "Clipped",
     "FakeLinear", "FakeQuant", "Guard", "Identity", "Interior", "Keep", "LearnedRange", "Level",
-    "LossScaler", "LowAdamW", "LowLinear", "Product", "Products", "States", "Straight", "Surrogate",
-    "Trust", "add_adapters", "advance", "blockwise", "clear", "clip_gradients", "convert",
-    "delayed", "fake", "forward_kl", "fp8_gradients", "gradient", "gradients", "kd_loss",
-    "low_adamw", "lower", "merge_adapters", "midrise", "mxfp4", "mxfp6", "mxfp8", "nvfp4",
-    "prepare", "quest_input", "quest_weight", "restore", "rowwise", "rowwise_wide_weight_gradient",
-    "sample_text", "set_gradient", "stable_adamw", "start_from", "switchback", "switchback_memory",
-    "switchback_rows", "tensorwise",
+    "LossScaler", "LowAdamW", "LowLinear", "NarrowLinear", "Product", "Products", "States", "Straight",
+    "Surrogate", "Trust", "add_adapters", "advance", "blockwise", "clear", "clip_gradients", "convert",
+    "delayed", "fake", "forward_kl", "fp8_gradients", "gradient", "gradients", "kd_loss", "low_adamw",
+    "lower", "merge_adapters", "midrise", "mxfp4", "mxfp6", "mxfp8", "narrow", "nvfp4", "prepare",
+    "quest_input", "quest_weight", "restore", "rowwise", "rowwise_wide_weight_gradient", "sample_text",
+    "set_gradient", "stable_adamw", "start_from", "switchback", "switchback_memory", "switchback_rows",
+    "tensorwise", "widen",
 ]  # fmt: skip

@@ -9,9 +9,9 @@
 The products of the linears are set apart (``fewbit.train.lower``), and so is what travels between processes
 (``fewbit.train.distributed``): a level says only what is kept.
 
-"As the model": the parameter, in the dtype that the model has. In the paper O1 and O2 have no copy, since
-their linears read the scaled FP16 master itself; here the parameter stays an ordinary one, which costs 2
-bytes with a model in bfloat16. At O3 the parameter holds points of E4M3 under one power of two.
+"As the model": the parameter, in the dtype that the model has, 2 bytes more in bfloat16; at O3 its values are
+points of E4M3 under one power of two. With ``narrow`` weights are stored as in the paper: at O1 and O2 the
+scaled FP16 master itself computes and nothing comes on top, at O3 one byte of E4M3.
 
 FP8-LM: Training FP8 Large Language Models, Peng et al. 2023, https://arxiv.org/abs/2310.18313, section 2.
 """
@@ -19,7 +19,7 @@ FP8-LM: Training FP8 Large Language Models, Peng et al. 2023, https://arxiv.org/
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 
@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from fewbit.errors import InputError
 from fewbit.format import FP32, Format
 from fewbit.train.gradients import LEAST, covered, fp8_gradients
+from fewbit.train.narrow import narrow as make_narrow
 from fewbit.train.optimizer import LowAdamW
+from fewbit.train.products import Products
 from fewbit.train.states import STATES, States, check, one_step
 
 
@@ -48,14 +50,24 @@ class Level:
                 "weights in a Format of their own need a master: give states one, as scaled FP16"
             )
 
-    def optimizer(self, model: nn.Module, *, min_size: int = LEAST, **rest) -> LowAdamW:
+    def optimizer(
+        self, model: nn.Module, *, narrow: Products | None = None, min_size: int = LEAST, **rest
+    ) -> LowAdamW:
         """An optimizer of all parameters of ``model``, whose linears' gradients are from now on kept as said.
 
         What `covered` names is kept as the level says, everything else (norms, biases, embeddings, small
-        tensors) in float32. rest: other arguments of LowAdamW. Raises ``InputError`` where nothing is
-        covered.
+        tensors) in float32. narrow: products of linears whose weights are from now on stored as the level
+        says (`fewbit.train.narrow`; ``Products()`` multiplies wide): in the weight's Format, or where the
+        level has none in the master's, which then *is* the parameter. rest: other arguments of LowAdamW.
+        Raises ``InputError`` where nothing is covered.
         """
         inside = covered(model, min_size=min_size)
+        stored = self.weight or self.states.master
+        states = self.states
+        if narrow is not None and stored is None:
+            raise InputError("this level keeps no weight in a Format; leave out narrow")
+        if narrow is not None and self.weight is None:
+            states = replace(states, master=None)
         if self.gradient is not None:
             fp8_gradients(model, self.gradient, min_size=min_size)
         ids = {id(p) for p in inside.values()}
@@ -63,13 +75,16 @@ class Level:
         groups = [
             {
                 "params": list(inside.values()),
-                **vars(self.states),
+                **vars(states),
                 "weight": self.weight,
                 "min_size": min_size,
             },
             {"params": others, "master": FP32},
         ]
-        return LowAdamW([g for g in groups if g["params"]], **rest)
+        optimizer = LowAdamW([g for g in groups if g["params"]], **rest)  # takes masters from wide weights
+        if narrow is not None:
+            make_narrow(model, stored, products=narrow, params=inside.values())
+        return optimizer
 
 
 _FP8_LM = STATES["fp8-lm"]

@@ -31,6 +31,7 @@ from fewbit.errors import InputError
 from fewbit.format import BF16, FP16, FP32, Format, QTensor
 from fewbit.train.adamw import Rule, adamw, adamw_many
 from fewbit.train.gradients import clear, gradient, wide
+from fewbit.train.narrow import is_narrow, put, value
 from fewbit.train.shards import like, local, mean
 from fewbit.train.states import Held, check, quantize
 
@@ -137,8 +138,7 @@ class LowAdamW(torch.optim.Optimizer):
     def _update(self, p: Tensor, g: Tensor, state: dict, group: dict, rule: Rule, number: int) -> None:
         t, master = state["step"].item(), state.get("master")
         m, v = state["first"].read(), state["second"].read()
-        own = local(p)
-        w = own.float() if master is None else master.read()
+        w = value(p) if master is None else master.read()
         rms = adamw(g, m, v, w, t, rule, partial(mean, p))
         if rms is not None:
             self.rms[p] = rms
@@ -155,12 +155,13 @@ class LowAdamW(torch.optim.Optimizer):
     def _place(self, p: Tensor, w: Tensor, group: dict, generator: torch.Generator | None = None) -> None:
         """The parameter from float32 ``w``: in its Format, or in its dtype."""
         own = local(p)
-        if group["weight"] is not None and own.numel() >= max(1, group["min_size"]):
+        if is_narrow(p):
+            pass  # it has one Format, see `put`
+        elif group["weight"] is not None and own.numel() >= max(1, group["min_size"]):
             w = quantize(w, group["weight"]).dequantize()
         elif generator is not None and own.dtype in _NARROW:
             w = quantize(w, _NARROW[own.dtype], generator=generator).dequantize()
-        if w is not own:
-            own.copy_(w)
+        put(p, w, generator)
 
     def _update_float32(self, together: list[tuple[Tensor, Tensor, dict]], rule: Rule) -> None:
         if not together:
@@ -182,7 +183,7 @@ class LowAdamW(torch.optim.Optimizer):
             state["second"] = Held(zeros, group["second"] if low else None, positive=True)
             narrower = low and group["master"] != FP32
             if group["master"] is not None and (narrower or own.dtype != torch.float32):
-                state["master"] = Held(own, group["master"] if low else None)
+                state["master"] = Held(value(p), group["master"] if low else None)
         return state
 
     @torch.no_grad()
@@ -192,7 +193,7 @@ class LowAdamW(torch.optim.Optimizer):
             for p in group["params"] if group["weight"] is not None else ():
                 if not self.state[p]:
                     state = self._state(p, group)
-                    self._place(p, state["master"].read() if "master" in state else local(p), group)
+                    self._place(p, state["master"].read() if "master" in state else value(p), group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, quantized ones as well."""
@@ -252,9 +253,9 @@ class LowAdamW(torch.optim.Optimizer):
         if "master" in state:
             state["master"].load(saved["master"])
         else:
-            held = Held(local(p), None)
+            held = Held(value(p), None)
             held.load(saved["master"])
-            local(p).copy_(held.read())
+            put(p, held.read())
 
     @torch.no_grad()
     def to_adamw(self) -> dict:
@@ -275,7 +276,7 @@ class LowAdamW(torch.optim.Optimizer):
         """Put the master weights into the parameters, in their dtype: to go on without this optimizer."""
         for p, state in self.state.items():
             if "master" in state:
-                local(p).copy_(state["master"].read())
+                put(p, state["master"].read())
 
 
 def _float32(p: Tensor, state: dict, g: Tensor | QTensor) -> bool:
