@@ -13,7 +13,8 @@ settings) is not run again, so a command that was cut off goes on.
 
 Goals: FP8 in each scaling, FP8-LM at O3, SwitchBack and MXFP8 end within 1 % of BF16's held-out loss; QuEST
 at 4, 2 and 1 bits in this order, each ahead of plain straight-through training at the same bits (the same
-grid under its absmax, no Hadamard map, all gradients pass); "fitted" is that with QuEST's fit alone.
+grid under its absmax, no Hadamard map, all gradients pass). "fitted" is that with QuEST's fit, "mapped" with
+the fit and the Hadamard map: what is left to QuEST is its trust.
 
 Writes benchmarks/results/train_curves.json, .md and, where matplotlib is installed, .svg (or under --out).
 """
@@ -47,6 +48,7 @@ from fewbit.trainer.loop import Loop
 from fewbit.trainer.settings import Settings
 from fewbit.trainer.small import byte_tokenizer, small_llama
 from fewbit.trainer.way import Way, quest
+from fewbit.transform import Incoherence
 
 RESULTS = Path(__file__).parent / "results"
 STATES = ("fp8-lm", "adamw-fp8", "adamw-8bit", "adamw-4bit")
@@ -60,16 +62,17 @@ WITHIN = (
     "mxfp8",
     "fp8-lm O3",
 )  # 1 % of BF16
-ways.QUANTS = {**ways.QUANTS, "identity": lambda: Straight(surrogate=Identity())}
+ways.QUANTS = {**ways.QUANTS, "identity": lambda bits: Straight(surrogate=Identity())}
 
 
-def straight(bits: int, fit: bool) -> Way:
-    """QuEST's grid without its Hadamard map and trust; under its absmax, or fitted as QuEST fits it."""
+def straight(bits: int, fit: bool, mapped: bool = False) -> Way:
+    """QuEST's grid without its trust; under its absmax or with QuEST's fit, behind its map or without."""
     weight, input = quest_weight(bits), quest_input(bits)
     if not fit:
         weight = replace(weight, range=AbsMax())
         input = replace(input, format=replace(input.format, range=AbsMax()))
-    recipe = Recipe(name="straight", rules=(Rule(weight=weight, input=input),))
+    basis = Incoherence(output=False) if mapped else None
+    recipe = Recipe(name="straight", rules=(Rule(weight=weight, input=input, basis=basis),))
     return Way(quant="identity", recipe=recipe)
 
 
@@ -80,7 +83,8 @@ def all_ways() -> dict[str, Way]:
     found |= {f"states {name}": Way(optimizer=name) for name in STATES}
     found |= {f"quest {b}": Way(quant="quest", recipe=quest(b)) for b in BITS}
     found |= {f"ste {b}": straight(b, fit=False) for b in BITS}
-    return found | {f"fitted {b}": straight(b, fit=True) for b in BITS}
+    found |= {f"fitted {b}": straight(b, fit=True) for b in BITS}
+    return found | {f"mapped {b}": straight(b, fit=True, mapped=True) for b in BITS}
 
 
 def run(name: str, settings: Settings, blocks: int, data: str, device: str) -> dict:
@@ -142,9 +146,10 @@ def verdicts(rows: list[dict]) -> list[str]:
         ordered = mean["quest 4"] < mean["quest 2"] < mean["quest 1"]
         lines.append(f"QuEST at 4, 2, 1 bits ordered: {'yes' if ordered else 'NO'}")
     for b in BITS:
-        if {f"quest {b}", f"ste {b}"} <= mean.keys():
-            ahead = mean[f"quest {b}"] < mean[f"ste {b}"]
-            lines.append(f"QuEST ahead of plain STE at {b} bits: {'yes' if ahead else 'NO'}")
+        for other in ("ste", "fitted", "mapped"):
+            if {f"quest {b}", f"{other} {b}"} <= mean.keys():
+                ahead = mean[f"quest {b}"] < mean[f"{other} {b}"]
+                lines.append(f"QuEST ahead of {other} at {b} bits: {'yes' if ahead else 'NO'}")
     return lines
 
 
@@ -192,7 +197,7 @@ def draw(rows: list[dict], path: Path) -> None:
     names = [
         w for w in dict.fromkeys(r["way"] for r in rows) if any(r["held"] for r in rows if r["way"] == w)
     ]
-    few = [n for n in names if n.split()[0] in ("quest", "ste", "fitted")]
+    few = [n for n in names if n.split()[0] in ("quest", "ste", "fitted", "mapped")]
     kept = [n for n in names if n.split()[0] in ("states", "fp8-lm")]
     figure = Figure(figsize=(15, 5), layout="constrained")
     panels = figure.subplots(1, 3)
@@ -212,7 +217,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axes.set(title=title, xlabel="updates", ylabel="training loss apart from BF16, %")
         axes.legend(fontsize=8, frameon=False)
     panels[2].plot(steps, base, color="black", label="bf16")
-    style = {"quest": "-", "fitted": "--", "ste": ":"}
+    style = {"quest": "-", "mapped": "-.", "fitted": "--", "ste": ":"}
     colour = {"4": "#0072b2", "2": "#009e73", "1": "#d55e00"}
     for name in few:
         kind, bits = name.split()

@@ -43,11 +43,11 @@ from fewbit.train.levels import LEVELS, OPTIMIZERS
 from fewbit.trainer.settings import Settings
 from fewbit.transform import Incoherence
 
-QUANTS: Mapping[str, Callable[[], FakeQuant]] = {
-    "ste": Straight,
-    "lsq": LSQ,
-    "learned": LearnedRange,
-    "quest": lambda: Straight(surrogate=Trust()),
+QUANTS: Mapping[str, Callable[[int], FakeQuant]] = {  # from the bits of a weight
+    "ste": lambda bits: Straight(),
+    "lsq": lambda bits: LSQ(),
+    "learned": lambda bits: LearnedRange(),
+    "quest": lambda bits: Straight(surrogate=Trust(outer=1.3 if bits == 1 else 1.0)),
 }
 
 
@@ -100,7 +100,8 @@ class Way:
     def apply(self, model: nn.Module, windows: torch.Tensor) -> nn.Module:
         """``model`` with its layers exchanged, in place; static steps start from ``windows`` [w, l]."""
         if self.quant is not None:
-            rule = QUANTS[self.quant]()
+            widths = [r.weight.grid.bits for r in self.recipe.rules if r.weight is not None]
+            rule = QUANTS[self.quant](min(widths, default=8))
             static = any(r.input is not None and r.input.static for r in self.recipe.rules)
             how = rule if static or not rule.learns else None  # steps that follow the token are not trained
             calls = [{"input_ids": window[None]} for window in windows]
