@@ -48,6 +48,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from fewbit.errors import InputError
 from fewbit.format import Format, Params
 from fewbit.train.distributed.reduce import E4M3, E5M2, check, exchangeable, shared_amax, shared_steps
+from fewbit.train.distributed.wire import all_gather, reduce_scatter
 
 # -- a sequence in parts
 
@@ -81,7 +82,7 @@ def gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Parts of all ranks along ``dim``."""
     rows = x.movedim(dim, 0).contiguous()
     whole = rows.new_empty(dist.get_world_size(group) * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(whole, rows, group=group)
+    all_gather(whole, rows, group=group)
     return whole.movedim(0, dim)
 
 
@@ -91,7 +92,7 @@ def scatter_sum(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     if len(rows) % world:
         raise InputError(f"a sequence of {len(rows)} cannot be cut for {world} ranks; pad it to a multiple")
     part = rows.new_empty(len(rows) // world, *rows.shape[1:])
-    dist.reduce_scatter_tensor(part, rows, group=group)
+    reduce_scatter(part, rows, group=group)
     return part.movedim(0, dim)
 
 

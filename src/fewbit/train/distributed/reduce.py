@@ -45,6 +45,7 @@ from torch import Tensor
 from fewbit.errors import InputError
 from fewbit.format import FP32, Format, Params, PerTensor, QTensor, value_of
 from fewbit.format.affine import raw_step
+from fewbit.train.distributed.wire import all_gather
 from fewbit.train.gradients import wide
 from fewbit.train.states import one_step
 
@@ -177,14 +178,14 @@ def summed(codes: Tensor, fmt: Format, road: Road, group: dist.ProcessGroup | No
         return total.view(torch.uint8)
     if road is Road.GATHER:
         rows = codes.new_empty(world, len(codes))
-        dist.all_gather_into_tensor(rows.view(-1), codes, group=group)
+        all_gather(rows.view(-1), codes, group=group)
         return grid.round(_sum(rows, fmt)).view(torch.uint8)
     part = -(-len(codes) // world)
     padded = torch.nn.functional.pad(codes, (0, part * world - len(codes)))  # byte 0 is the number 0
     rows, whole = torch.empty_like(padded), torch.empty_like(padded)
     dist.all_to_all_single(rows, padded, group=group)
     mine = grid.round(_sum(rows.view(world, part), fmt)).view(torch.uint8)
-    dist.all_gather_into_tensor(whole, mine, group=group)
+    all_gather(whole, mine, group=group)
     return whole[: len(codes)]
 
 

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from fewbit.errors import InputError
 from fewbit.format import Format, Params, QTensor
 from fewbit.train.distributed.reduce import E4M3, check, shared_amax, shared_steps
+from fewbit.train.distributed.wire import all_gather
 from fewbit.train.gradients import clear, gradient, set_gradient, wide
 from fewbit.train.states import quantize
 
@@ -160,7 +161,7 @@ class Zero:
             sent[: len(codes)] = codes
             sent[-4 * count :].view(torch.float32)[: len(coded)] = torch.stack([q.scale for q in coded])
         got = sent.new_empty(self.world * len(sent))
-        dist.all_gather_into_tensor(got, sent, group=self.group)
+        all_gather(got, sent, group=self.group)
         for own, row in zip(self.dealt, got.view(self.world, -1), strict=True):
             steps, at = row[-4 * count :].view(torch.float32), 0
             for p, s in zip(own, steps[: len(own)], strict=True):
