@@ -1,13 +1,16 @@
 """``fewbit train``, as somebody types it."""
 
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import fewbit as library
+from fewbit.train import OPTIMIZERS, PRODUCTS
 
 WORDS = "the cat sat on the mat, a dog ran to the town, and rain fell on the way home"
 QUICK = ("--steps", "4", "--batch", "2", "--length", "32")
@@ -129,3 +132,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(fewbit, text, tmp_path):
     assert fewbit(*words("whole")).code == 0
     for name in ("model.safetensors", "losses.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_page_names_no_option_that_is_not_there(fewbit):
+    page = Path(__file__).parents[2] / "docs" / "train-command.md"
+    text, known = page.read_text(), fewbit("train", "--help").out
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)):
+        assert option in known, option
+    for name in re.findall(r"`([a-z][a-z0-9-]+)`", text.split("Without any of them")[0].split("| part |")[1]):
+        assert name in {*PRODUCTS, *OPTIMIZERS, "lsq", "learned", "ste", "quest"}, name
