@@ -103,6 +103,18 @@ def test_models_whose_cache_is_not_all_quantized_stay_native(tmp_path):
     assert "2 layers (sliding windows) stay float" in plan.checkpoint_reason
 
 
+def test_what_readers_do_otherwise_is_said(tmp_path):
+    """Of int8 by vLLM, and of zeros by transformers; E4M3 beside symmetric weights is read by both."""
+    start = run(tmp_path, "int8-tensor", settings=GROUPS | {"symmetric": "false"})
+    said = " ".join(export(start, "compressed-tensors", tmp_path / "ct", verify=False).caveats)
+    assert "vLLM reads keys and values in E4M3" in said
+    assert "leaves keys and values in float" in said
+    source = open_source(tmp_path / "model")
+    for kv, want in (("int8-tensor", True), ("fp8-head", False)):
+        plan = make_plan(source, replace(named("rtn", GROUPS), kv=kv_format(kv)), FEW)[0]
+        assert any("keys and values" in text for text in plan.caveats) == want
+
+
 @pytest.mark.parametrize(
     ("recipe", "kv", "words"),
     [

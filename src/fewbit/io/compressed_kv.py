@@ -36,6 +36,15 @@ def refusal(kv: KVFormat) -> str | None:
     return None
 
 
+def caveats(kv: KVFormat | None, asymmetric: bool) -> list[str]:
+    """What readers of a file do otherwise; asymmetric: a weight with float inputs has zeros."""
+    if kv is None:
+        return []
+    out = ["vLLM reads keys and values in E4M3 and no int8"] if isinstance(kv.key.grid, Int) else []
+    late = "transformers 5.23 decodes asymmetric weights as it loads, and leaves keys and values in float"
+    return out + [late] * asymmetric
+
+
 def to_config(kv: KVFormat) -> dict:
     """Its QuantizationArgs."""
     return {

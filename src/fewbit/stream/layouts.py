@@ -193,7 +193,8 @@ def caveats(target: str, layers: Mapping[str, Layer], source: Source) -> list[st
     if target == "compressed-tensors":
         given = {n: a for n, a in kept.items() if a is not None}
         out += compressed_tensors.caveats({n: x.to.format for n, x in layers.items()}, source.dtype, given)
-        out += beyond(layers)
+        asymmetric = any(x.to.format.zero == "integer" and n not in given for n, x in layers.items())
+        out += beyond(layers) + compressed_kv.caveats(getattr(source, "kv", None), asymmetric)
     elif target == "fp8" and new:
         out.append("engines round the inputs of FP8 files to e4m3 per group of 128; the source did not")
     elif target == "bitsandbytes" and new and any(x.to.format.grid.name == "int8" for x in layers.values()):

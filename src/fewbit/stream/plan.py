@@ -17,7 +17,7 @@ from torch import nn
 
 from fewbit.errors import InputError
 from fewbit.format import Format, Zero
-from fewbit.io import compressed_tensors, gguf_fallback
+from fewbit.io import compressed_kv, compressed_tensors, gguf_fallback
 from fewbit.io.skeleton import build_skeleton, parameter_map
 from fewbit.io.source import Source
 from fewbit.nn.experts import in_experts, is_fused, routers
@@ -93,7 +93,7 @@ def make_plan(
         for (wanted, _), (got, _) in zip(recipe.rule_for(x.module).choices, x.rule.choices, strict=True)
         if got != wanted
     )
-    caveats = (*fallbacks, *_caveats(layers, source, used, reason, recipe.tuning))
+    caveats = (*fallbacks, *_caveats(layers, source, used, reason, recipe))
     if learns(recipe):
         dtype = torch.float32 if device == "cpu" else source.dtype
         most, caveat = learning(recipe, layers, model, used, device, dtype)
@@ -136,9 +136,9 @@ def _check_tuning(tuning: BlockTuning, calibration: Calibration, depth: str) -> 
     return "block"
 
 
-def _caveats(layers, source, calibration, reason, tuning) -> tuple[str, ...]:
+def _caveats(layers, source, calibration, reason, recipe) -> tuple[str, ...]:
     """What a person should know before starting: how readers differ, too little calibration, much time."""
-    out = []
+    out, tuning = [], recipe.tuning
     if tuning is not None:
         tokens = tuning.batch * calibration.seqlen
         out.append(
@@ -148,6 +148,8 @@ def _caveats(layers, source, calibration, reason, tuning) -> tuple[str, ...]:
     if not reason:
         given = {layer.name: layer.activation for layer in layers if layer.activation is not None}
         out += compressed_tensors.caveats({x.name: x.format for x in layers}, source.dtype, given)
+        asymmetric = any(x.format.zero is not Zero.NONE for x in layers)
+        out += compressed_kv.caveats(recipe.kv, asymmetric)
         experts = {x.format for x in layers if x.share < 1}
         if any(format.zero is not Zero.NONE for format in experts):
             out.append(
