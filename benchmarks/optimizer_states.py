@@ -2,12 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/optimizer_states.py --data FOLDER [--steps 300] [--seeds 3]
 
-A Llama of 2 blocks, 64 wide, over bytes of Shakespeare; batches of 16 windows of 64; AdamW, lr 3e-3 falling to
-a tenth by a cosine, betas (0.9, 0.95), weight decay 0.1, gradients clipped to 1. The loss is that of 64 windows
-never trained on, after the last step. Every row starts from the same weights and sees the same batches, seed
-by seed. Products are float32: only what is kept differs. Bytes a parameter are those of the storage behind
-gradient, m, v and the master weight (or the parameter, where that is the master), steps included, over all
-parameters of the model; embedding and norms keep wide gradients, and tensors below 4096 elements wide states.
+A Llama of 2 blocks, 64 wide, over bytes of Shakespeare; batches of 16 windows of 64; AdamW, lr 3e-3 falling
+to a tenth by a cosine, betas (0.9, 0.95), weight decay 0.1, gradients clipped to 1. The loss is that of 64
+windows never trained on, after the last step. Every row starts from the same weights and sees the same
+batches, seed by seed. Products are float32: only what is kept differs. Bytes a parameter are those of the
+storage behind gradient, m, v and the master weight (or the parameter, where that is the master), steps
+included, over all parameters of the model; embedding and norms keep wide gradients, and tensors below 4096
+elements wide states.
 
 The last rows are meant to fail. "zeros": v is allowed to become zero where it was positive.
 
