@@ -2,6 +2,7 @@
 
 from fewbit.train.adapters import add_adapters, merge_adapters
 from fewbit.train.amaxes import advance
+from fewbit.train.blocks import BlockError, train_blocks
 from fewbit.train.distill import forward_kl, kd_loss, sample_text
 from fewbit.train.fake import (
     LSQ,
@@ -42,15 +43,17 @@ from fewbit.train.scalings import (
     tensorwise,
 )
 from fewbit.train.states import STATES, States
+from fewbit.train.steps import StepLinear, train_steps
 
 __all__ = [
-    "LEVELS", "LSQ", "O1", "O2", "O3", "OPTIMIZERS", "PACT", "PRODUCTS", "STATES", "Clipped",
-    "FakeLinear", "FakeQuant", "Guard", "Identity", "Interior", "Keep", "LearnedRange", "Level",
-    "LossScaler", "LowAdamW", "LowLinear", "NarrowLinear", "Product", "Products", "States", "Straight",
-    "Surrogate", "Trust", "add_adapters", "advance", "blockwise", "clear", "clip_gradients", "convert",
-    "delayed", "fake", "forward_kl", "fp8_gradients", "gradient", "gradients", "kd_loss", "low_adamw",
-    "lower", "merge_adapters", "midrise", "mxfp4", "mxfp6", "mxfp8", "narrow", "nvfp4", "prepare",
-    "quest_input", "quest_weight", "restore", "rowwise", "rowwise_wide_weight_gradient", "sample_text",
-    "set_gradient", "stable_adamw", "start_from", "switchback", "switchback_memory", "switchback_rows",
-    "tensorwise", "widen",
+    "LEVELS", "LSQ", "O1", "O2", "O3", "OPTIMIZERS", "PACT", "PRODUCTS", "STATES", "BlockError",
+    "Clipped", "FakeLinear", "FakeQuant", "Guard", "Identity", "Interior", "Keep", "LearnedRange",
+    "Level", "LossScaler", "LowAdamW", "LowLinear", "NarrowLinear", "Product", "Products", "States",
+    "StepLinear", "Straight", "Surrogate", "Trust", "add_adapters", "advance", "blockwise", "clear",
+    "clip_gradients", "convert", "delayed", "fake", "forward_kl", "fp8_gradients", "gradient",
+    "gradients", "kd_loss", "low_adamw", "lower", "merge_adapters", "midrise", "mxfp4", "mxfp6",
+    "mxfp8", "narrow", "nvfp4", "prepare", "quest_input", "quest_weight", "restore", "rowwise",
+    "rowwise_wide_weight_gradient", "sample_text", "set_gradient", "stable_adamw", "start_from",
+    "switchback", "switchback_memory", "switchback_rows", "tensorwise", "train_blocks",
+    "train_steps", "widen",
 ]  # fmt: skip

@@ -29,7 +29,9 @@ from fewbit.nn.experts import is_fused
 from fewbit.nn.linear import QLinear, transform_input
 from fewbit.train.fake import FakeQuant, Straight
 from fewbit.train.linear import FakeLinear
+from fewbit.train.steps import StepLinear
 
+TRAINED = (FakeLinear, StepLinear)
 KEPT = 8192  # tokens of calibration inputs of a layer that steps start from
 
 
@@ -124,11 +126,12 @@ def start_from(model: nn.Module, quantized: nn.Module) -> nn.Module:
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """``model`` with a `QLinear` in the place of every `FakeLinear`; in place, in evaluation mode.
+    """``model`` with a `QLinear` in the place of every `FakeLinear` and `StepLinear`; in place, in evaluation
+    mode.
 
     Raises ``InputError`` where there is none.
     """
-    made = {n: m.to_quantized() for n, m in model.named_modules() if isinstance(m, FakeLinear)}
+    made = {n: m.to_quantized() for n, m in model.named_modules() if isinstance(m, TRAINED)}
     if not made:
         raise InputError(f"{type(model).__name__} has no fake-quantized layers; call prepare first")
     for name, layer in made.items():
