@@ -30,7 +30,7 @@ def view(x: Tensor, along: Along) -> Tensor:
     return x.transpose(-1, -2) if along is Along.TOKENS else x.transpose(0, 1).flatten(1)
 
 
-def _unview(y: Tensor, along: Along, batch: int, head_dim: int) -> Tensor:
+def unview(y: Tensor, along: Along, batch: int, head_dim: int) -> Tensor:
     """Inverse of `view`."""
     if along is Along.HEADS:
         return y.unflatten(1, (batch, -1, head_dim)).transpose(0, 1)
@@ -88,7 +88,7 @@ class Store:
         q = fmt.encode(seen, fmt.fit(seen) if self.steps is None else Params(scale=self.steps, zero=None))
         fields = fmt.grid.to_unsigned(q.codes)
         if along is Along.HEADS:
-            fields = _unview(fields, along, x.shape[0], x.shape[-1])
+            fields = unview(fields, along, x.shape[0], x.shape[-1])
         scale = q.scale.codes if isinstance(q.scale, QTensor) else q.scale
         axis = -1 if along is Along.TOKENS else -2
         return replace(
@@ -113,7 +113,7 @@ class Store:
         if scale is not None and not scale.is_floating_point():
             scale = QTensor(codes=scale, scale=None, zero=None, format=fmt.scale, shape=scale.shape)
         q = QTensor(codes=codes, scale=scale, zero=self.zero, format=fmt, shape=codes.shape)
-        middle = _unview(q.dequantize(self.tail.dtype), along, batch, head_dim)
+        middle = unview(q.dequantize(self.tail.dtype), along, batch, head_dim)
         return torch.cat([self.head, middle, self.tail], -2)
 
     def crop(self, count: int) -> Store:
