@@ -220,6 +220,25 @@ def test_nan_on_one_rank_is_a_step_that_all_skip_and_report(ranks, bad):
     assert (first[2]["steps"], first[2]["skipped"]) == (6, 1)
 
 
+def lone(rank, world, bad):
+    grads, mu = gradients(0), mu_of(0.5)
+    if rank == 1:
+        grads[0][3, 2] = bad
+    found = mean(grads, mu)
+    after = Factor().next(mu, found.share)
+    return [q.dequantize() for q in found.tensors], found.finite.item(), after
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_none_makes_its_tensor_nan_everywhere_and_leaves_mu(ranks, bad):
+    for tensors, finite, mu in ranks(2, lone, bad):
+        assert not finite
+        assert tensors[0].isnan().all()
+        assert all(t.isfinite().all() for t in tensors[1:])
+        assert mu[0] == 0.5
+        assert (mu[1:] > 0.5).all()
+
+
 def resumed(rank, world):
     state = SharedScale(net(), factor=Factor(initial=0.125))
     saved = state.state_dict()

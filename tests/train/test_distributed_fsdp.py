@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fewbit.errors import InputError
-from fewbit.train import fake, lower, tensorwise
+from fewbit.train import fake, low_adamw, lower, stable_adamw, tensorwise
 from fewbit.train.distributed import E4M3, BlockReduceScatter, Wire, fp8_gather, sync_steps
 from fewbit.train.fake import Identity
 
@@ -221,6 +221,51 @@ def test_weights_and_gradients_in_8_bits_train_as_in_float32(ranks):
     low, wide = ([sum(r[i] for r in ranks(2, both, x)) / 2 for i in (0, -1)] for x in (True, False))
     assert low[1] < 0.7 * low[0]
     assert low[1] == pytest.approx(wide[1], rel=0.03)
+
+
+# -- optimizers in Formats over shards
+
+
+OPTIMIZERS = {
+    "stable-adamw": lambda params: stable_adamw(params, lr=2e-2, clip=0.7),
+    "fp8-lm": lambda params: low_adamw("fp8-lm", params, lr=1e-2, min_size=1),
+}
+
+
+def optimized(rank, world, name):
+    model = net()
+    fp8_gather(model)
+    sharded(model)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    optimizer.register_step_post_hook(lambda *_: sync_steps(model))
+    losses = steps(model, optimizer, [rank], 8)
+    rms = [value.item() for value in optimizer.rms.values()]
+    weight = model[0].weight.detach().full_tensor()
+    kept = optimizer.state_dict()["state"][0]
+    return losses, rms, weight, "Gathered" in repr(kept)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_clip_of_stable_adamw_is_that_of_the_whole_tensor(ranks, world):
+    model = net(30, Faked)
+    optimizer = OPTIMIZERS["stable-adamw"](model.parameters())
+    alone = steps(model, optimizer, range(world), 8)
+    found = ranks(world, optimized, "stable-adamw")
+    losses = torch.tensor([own for own, _, _, _ in found]).mean(0)
+    assert torch.allclose(losses, torch.tensor(alone), rtol=1e-4)
+    rms = [value.item() for value in optimizer.rms.values()]
+    assert max(rms) > 0.7  # something was clipped
+    for _, own, weight, wrapped in found:
+        assert own == pytest.approx(rms, rel=1e-3)
+        assert torch.allclose(weight, model[0].weight, rtol=1e-3, atol=1e-4)
+        assert not wrapped
+
+
+def test_the_states_of_fp8_lm_work_on_shards(ranks):
+    found = ranks(2, optimized, "fp8-lm")
+    assert torch.equal(found[0][2], found[1][2])
+    assert sum(own[-1] for own, _, _, _ in found) < 0.8 * sum(own[0] for own, _, _, _ in found)
+    assert not any(wrapped for _, _, _, wrapped in found)
 
 
 # -- what cannot work
