@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import tiny, tiny_ids
 from torch import nn
 
 from fewbit.errors import InputError
-from fewbit.train import kd_loss, sample_text
+from fewbit.recipe import rtn
+from fewbit.train import LearnedRange, kd_loss, prepare, sample_text
 
 
 @pytest.mark.parametrize("chunk", [3, 7, 64])
@@ -85,3 +86,26 @@ def test_a_sharp_temperature_is_greedy():
         for how in ({"temperature": 1e-6}, {"greedy": (11, 11)})
     ]
     assert torch.equal(*ids)
+
+
+def test_a_student_learns_from_text_that_its_teacher_wrote():
+    """No data: nearer to the teacher than rounding alone, on tokens that neither has seen."""
+    teacher = tiny("llama")
+    student = prepare(tiny("llama"), rtn(bits=2, group_size=32, symmetric=False), weight=LearnedRange())
+    text = sample_text(teacher, 48, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        states = teacher.model(input_ids=text).last_hidden_state
+    head, test = teacher.lm_head.requires_grad_(False), tiny_ids(seed=7)
+
+    def loss_of(ids, wanted):
+        return kd_loss(student.model(input_ids=ids).last_hidden_state, wanted, head, chunk=100)
+
+    with torch.no_grad():
+        held = teacher.model(input_ids=test).last_hidden_state
+    before = loss_of(test, held).item()
+    optimizer = torch.optim.AdamW(student.model.parameters(), lr=1e-3, weight_decay=0.0)
+    for rows in torch.arange(48).view(6, 8).repeat(5, 1):
+        optimizer.zero_grad()
+        loss_of(text[rows], states[rows]).backward()
+        optimizer.step()
+    assert loss_of(test, held).item() < 0.6 * before

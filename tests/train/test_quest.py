@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import fewbit
 from fewbit.format import AbsMax
+from fewbit.io.attached import make_saveable
 from fewbit.recipe import Recipe, Rule
-from fewbit.train import Clipped, Straight, Trust, fake, midrise, prepare, quest_input, quest_weight
+from fewbit.train import Clipped, Straight, Trust, convert, fake, midrise, prepare, quest_input, quest_weight
 from fewbit.transform import Incoherence
 
 VOCAB, STEPS = 64, 25
@@ -71,3 +73,12 @@ def test_on_even_points_the_trust_mask_is_the_clipped_one(bits):
         grads.append(at.grad)
     assert torch.equal(*grads)
     assert len(midrise(bits).codes()) == 2**bits
+
+
+def test_a_model_on_its_grids_is_saved_and_read_back(tmp_path):
+    rule = Rule(weight=quest_weight(2), input=quest_input(4), basis=Incoherence(output=False))
+    model = convert(prepare(llama().eval(), Recipe(name="quest", rules=(rule,))))
+    make_saveable(model).save_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(fewbit.load(tmp_path)(ids).logits, model(ids).logits)
