@@ -158,7 +158,7 @@ class Float(Grid):
         x = x.detach()
         if generator is not None or x.dtype == torch.float64:
             return self._encode(x, generator)
-        if self.torch_dtype is not None and self.saturate:
+        if self.torch_dtype and self.saturate and (self.zero or not torch.compiler.is_compiling()):  # E8M0
             return x.float().clamp(self.min, self.max).to(self.torch_dtype).view(self.code_dtype)
         if self.bits > 8 or torch.compiler.is_compiling():  # a graph would build the table at every call
             return self._encode(x)
@@ -176,7 +176,7 @@ class Float(Grid):
         """Values of bit patterns, with -0, Inf and NaN; see `Grid.value`."""
         if self.bits <= 8 and not torch.compiler.is_compiling():
             return lookup(_values(self, codes.device, dtype), codes)
-        if self.torch_dtype is not None:
+        if self.torch_dtype is not None and (self.zero or self.bits > 8):  # no compiler knows E8M0
             return codes.to(self.code_dtype).view(self.torch_dtype).to(dtype)
         return self._decode(codes).to(dtype)
 

@@ -178,7 +178,7 @@ def steps(fmt: Format, x: Tensor, amax: Tensor | None = None) -> Params:
     raw = raw_step(fmt, lo, hi)
     scale = fmt.store(raw, raw)
     if isinstance(scale, QTensor):
-        nan = scale.format.grid.round(torch.full((), math.nan, device=amax.device))
+        nan = scale.format.grid.round(amax - amax)  # where it is bad; a constant NaN trips the compiler
         return Params(scale=replace(scale, codes=torch.where(bad, nan, scale.codes)), zero=None)
     return Params(scale=scale.masked_fill(bad, math.nan), zero=None)
 
