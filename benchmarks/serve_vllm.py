@@ -27,6 +27,12 @@ ROADS = {  # name: recipe and settings, layout of an export, dtype
     "W4A16 asymmetric, compressed-tensors": (["gptq", *G64, "--set", "symmetric=false"], None, "float16"),
     "W8A16, compressed-tensors": (["int8"], None, "float16"),
     "W8A8 int8 dynamic, compressed-tensors": (["w8a8"], None, "float32"),
+    "W4A16 with keys and values in E4M3": (["gptq", *G64, "--kv", "fp8-tensor"], None, "float16"),
+    "QuaRot W4A16, transform_config": (
+        ["quarot", *G64, "--set", "input_bits=16"],
+        "compressed-tensors",
+        "float16",
+    ),
     "GPTQ layout, symmetric": (["gptq", *G64], "gptq", "float16"),
     "AWQ layout": (["gptq", *G64, "--set", "symmetric=false"], "awq", "float16"),
     "NF4, plugin": (["nf4"], None, "float32"),
@@ -105,11 +111,29 @@ def continued(checkpoint: Path, dtype: str) -> list[tuple[list[int], list[float]
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         said = model.generate(
             ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, output_logits=True,
-            return_dict_in_generate=True,
+            return_dict_in_generate=True, past_key_values=stored_cache(model),
         )  # fmt: skip
         best = [logits[0].float().log_softmax(-1).topk(2).values for logits in said.logits]
         out.append((said.sequences[0, ids.shape[1] :].tolist(), [float(b[0] - b[1]) for b in best]))
     return out
+
+
+def stored_cache(model):
+    """A cache by the model's own steps, of which a call attends to its own tokens as well, as vLLM does."""
+    from fewbit.nn.kvlayer import QuantizedCache, QuantizedLayer
+    from fewbit.nn.kvsteps import kept
+
+    class Rounded(QuantizedLayer):
+        def update(self, key_states, value_states, *args, **keywords):
+            super().update(key_states, value_states)
+            return tuple(store.read() for store in self.stores)
+
+    if (found := kept(model)) is None:
+        return None
+    cache = QuantizedCache(model.config, *found)
+    steps = zip(found[1].key, found[1].value, strict=True)
+    cache.layers = [Rounded(found[0], *pair) for pair in steps]
+    return cache
 
 
 def beside(ours: tuple[list[int], list[float]], theirs: list[int]) -> dict:
