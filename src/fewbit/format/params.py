@@ -32,9 +32,7 @@ class Params:
 
     def to(self, device: torch.device | str) -> Params:
         """The same on another device."""
-        parts = (self.scale, self.zero, self.table)
-        scale, zero, table = (None if p is None else p.to(device) for p in parts)
-        return Params(scale=scale, zero=zero, table=table)
+        return Params(**{n: None if p is None else p.to(device) for n, p in vars(self).items()})
 
 
 def fit(fmt: Format, x: Tensor, importance: Tensor | None = None, parent: Tensor | None = None) -> Params:

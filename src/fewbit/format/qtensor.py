@@ -11,7 +11,7 @@ lines per format; nothing here needs it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,15 +76,13 @@ class QTensor:
     def _part(self, part: slice) -> QTensor:
         shape = torch.Size((part.stop - part.start, *self.shape[1:]))
         cut = lambda p: p._part(part) if isinstance(p, QTensor) else None if p is None else p[part]  # noqa: E731
-        scale, zero, table = map(cut, (self.scale, self.zero, self.table))
-        codes = self.codes[part]
-        return QTensor(codes=codes, scale=scale, zero=zero, format=self.format, shape=shape, table=table)
+        held = {"scale": cut(self.scale), "zero": cut(self.zero), "table": cut(self.table)}
+        return replace(self, codes=self.codes[part], shape=shape, **held)
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same on another device."""
-        parts = (self.codes, self.scale, self.zero, self.table)
-        codes, scale, zero, table = (None if p is None else p.to(device) for p in parts)
-        return QTensor(codes=codes, scale=scale, zero=zero, format=self.format, shape=self.shape, table=table)
+        held = {n: getattr(self, n) for n in ("codes", "scale", "zero", "table")}
+        return replace(self, **{n: None if p is None else p.to(device) for n, p in held.items()})
 
 
 def value_of(p: Tensor | QTensor | None) -> Tensor | None:
