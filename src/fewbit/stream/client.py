@@ -30,7 +30,9 @@ CLOSE_4_BITS = (
 )
 # transformers 5.23 stacks packed words, steps and shapes of experts and leaves weight_zero_point out
 # (integrations/compressed_tensors.py, CompressedTensorsDequantize); the file is as compressed-tensors has it
-EXPERTS = "it leaves out the zero points of experts; make them symmetric, or load the file with vLLM or fewbit"
+EXPERTS = (
+    "it leaves out the zero points of experts; make them symmetric, or load the file with vLLM or fewbit"
+)
 SCRIPT = """
 import sys, torch
 folder, given, out, own = sys.argv[1:5]
