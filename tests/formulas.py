@@ -70,6 +70,26 @@ def _rows(x, w, g):
     return forward, by(g, 1, None) @ by(w, None, 1), by(g, None, 1).t() @ by(x, None, 1)
 
 
+def _folded(x, w, g):
+    """Backward from the codes of forward, whose steps have gone into g before it is rounded."""
+
+    def by(x):
+        return scaled(x, "e4m3", 1, None, up=True)
+
+    def steps(x):
+        step = torch.exp2(torch.log2(x.double().abs().amax(1, keepdim=True) / 448).ceil())
+        return torch.where(step > 0, step, 1.0)
+
+    a, s = steps(x), steps(w)
+    x, w = by(x), by(w)
+    return x @ w.t(), by(g * s.t()) @ (w / s), by((g * a).t()) @ (x / a)
+
+
+def _folded_tensors(x, w, g):
+    x, w, g = (scaled(t, e, up=True) for t, e in ((x, "e4m3"), (w, "e4m3"), (g, "e5m2")))
+    return x @ w.t(), g @ w, g.t() @ x
+
+
 def _rows_wide(x, w, g):
     forward, _, _ = _rows(x, w, g)
     dx = scaled(g, "e4m3", 1, None, up=True) @ scaled(w, "e4m3", up=True)
@@ -130,6 +150,8 @@ REFERENCES = {
     "tensorwise": _tensors("e4m3", "e5m2"),
     "rowwise": _rows,
     "rowwise-wide-weight-gradient": _rows_wide,
+    "folded": _folded,
+    "folded-tensorwise": _folded_tensors,
     "delayed": _tensors("e4m3", "e5m2"),
     "blockwise": _blocks,
     "mxfp8": _mx("e4m3", "e4m3"),

@@ -17,6 +17,7 @@ from fewbit.train.fake import (
     Trust,
     fake,
 )
+from fewbit.train.folded import Folded
 from fewbit.train.gradients import clear, fp8_gradients, gradient, gradients, set_gradient
 from fewbit.train.guard import Guard, LossScaler, clip_gradients
 from fewbit.train.levels import LEVELS, O1, O2, O3, OPTIMIZERS, Level, low_adamw, stable_adamw
@@ -31,6 +32,7 @@ from fewbit.train.scalings import (
     PRODUCTS,
     blockwise,
     delayed,
+    folded_tensorwise,
     mxfp4,
     mxfp6,
     mxfp8,
@@ -47,13 +49,13 @@ from fewbit.train.steps import StepLinear, train_steps
 
 __all__ = [
     "LEVELS", "LSQ", "O1", "O2", "O3", "OPTIMIZERS", "PACT", "PRODUCTS", "STATES", "BlockError",
-    "Clipped", "FakeLinear", "FakeQuant", "Guard", "Identity", "Interior", "Keep", "LearnedRange",
-    "Level", "LossScaler", "LowAdamW", "LowLinear", "NarrowLinear", "Product", "Products", "States",
-    "StepLinear", "Straight", "Surrogate", "Trust", "add_adapters", "advance", "blockwise", "clear",
-    "clip_gradients", "convert", "delayed", "fake", "forward_kl", "fp8_gradients", "gradient",
-    "gradients", "kd_loss", "low_adamw", "lower", "merge_adapters", "midrise", "mxfp4", "mxfp6",
-    "mxfp8", "narrow", "nvfp4", "prepare", "quest_input", "quest_weight", "restore", "rowwise",
-    "rowwise_wide_weight_gradient", "sample_text", "set_gradient", "stable_adamw", "start_from",
-    "switchback", "switchback_memory", "switchback_rows", "tensorwise", "train_blocks",
-    "train_steps", "widen",
+    "Clipped", "FakeLinear", "FakeQuant", "Folded", "Guard", "Identity", "Interior", "Keep",
+    "LearnedRange", "Level", "LossScaler", "LowAdamW", "LowLinear", "NarrowLinear", "Product",
+    "Products", "States", "StepLinear", "Straight", "Surrogate", "Trust", "add_adapters", "advance",
+    "blockwise", "clear", "clip_gradients", "convert", "delayed", "fake", "folded_tensorwise",
+    "forward_kl", "fp8_gradients", "gradient", "gradients", "kd_loss", "low_adamw", "lower",
+    "merge_adapters", "midrise", "mxfp4", "mxfp6", "mxfp8", "narrow", "nvfp4", "prepare", "quest_input",
+    "quest_weight", "restore", "rowwise", "rowwise_wide_weight_gradient", "sample_text", "set_gradient",
+    "stable_adamw", "start_from", "switchback", "switchback_memory", "switchback_rows", "tensorwise",
+    "train_blocks", "train_steps", "widen",
 ]  # fmt: skip

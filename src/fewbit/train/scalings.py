@@ -4,6 +4,7 @@
     tensorwise     E4M3 x E4M3               E5M2 x E4M3               E5M2 x E4M3              a tensor
     rowwise        E4M3 x E4M3               E4M3 x E4M3               E4M3 x E4M3              a row, 2^e
     rowwise-wide-weight-gradient  rows x rows  rows x tensor           wide                     2^e
+    folded, folded-tensorwise  as rowwise and tensorwise, x and W rounded once: module ``folded``    2^e
     delayed        as tensorwise, from the amaxes of earlier steps
     blockwise      1x128 x 128x128           1x128 x 128x128           1x128 x 1x128            2^e
     mxfp8, mxfp6   groups of 32 along the sum in all three             E8M0, rounded up
@@ -44,6 +45,7 @@ from fewbit.format import (
 )
 from fewbit.format.named import mx
 from fewbit.grid import by_name
+from fewbit.train.folded import Folded
 from fewbit.train.products import Keep, Product, Products
 
 UP = PowerOfTwo(rule=Scaling.RCEIL)  # the least power of two that clips nothing
@@ -77,6 +79,16 @@ def rowwise_wide_weight_gradient() -> Products:
     rows, w = stepped("e4m3fn", Channel(), UP), stepped("e4m3fn", PerTensor(), UP)
     forward = Product(left=rows, right=rows, fast=True)
     return Products(forward=forward, input_gradient=Product(left=rows, right=w))
+
+
+def folded(*, gradient: str = "e4m3fn") -> Folded:
+    """`rowwise` from one cast of each tensor, the steps of x and W folded into G: the fast road on a GPU."""
+    return Folded(gradient=by_name(gradient).torch_dtype)
+
+
+def folded_tensorwise(*, gradient: str = "e5m2") -> Folded:
+    """`tensorwise` likewise, with a power of two as the step."""
+    return Folded(by_rows=False, gradient=by_name(gradient).torch_dtype)
 
 
 def blockwise(*, keep: Keep = Keep.WIDE, size: int = 128) -> Products:
@@ -157,12 +169,14 @@ def _mx(element: str, gradient: str) -> Products:
     return Products(forward=Product(left=own, right=own), input_gradient=back, weight_gradient=back)
 
 
-PRODUCTS: Mapping[str, Callable[..., Products]] = MappingProxyType(
+PRODUCTS: Mapping[str, Callable[..., Products | Folded]] = MappingProxyType(
     {
         "wide": Products,
         "tensorwise": tensorwise,
         "rowwise": rowwise,
         "rowwise-wide-weight-gradient": rowwise_wide_weight_gradient,
+        "folded": folded,
+        "folded-tensorwise": folded_tensorwise,
         "delayed": delayed,
         "blockwise": blockwise,
         "mxfp8": mxfp8,
