@@ -5,9 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from quantized import save_quantized
 
 import fewbit
 from fewbit.errors import InputError
+from fewbit.format import FORMATS
+from fewbit.io.gguf_write import write
+from fewbit.io.source import open_source
 from fewbit.nn import QLinear
 from fewbit.recipe import rtn
 from fewbit.trainer.run import Watch, train
@@ -89,6 +93,17 @@ def test_training_with_the_rounding_gives_codes_and_says_what_they_were_before(f
     assert report["read_back"] == pytest.approx(report["held"], rel=0.01)
     with pytest.raises(InputError, match="quantized already"):
         train(str(tmp_path / "out"), data=text, output=tmp_path / "twice", settings=plan)
+
+
+def test_a_gguf_file_is_trained_from_its_decoded_weights(text, tmp_path):
+    save_quantized("llama", tmp_path / "q", FORMATS["q4_0"])
+    write(open_source(tmp_path / "q"), tmp_path / "m.gguf")
+    plan = Settings(steps=4, batch=2, length=32, held=3, lr=1e-3, warmup=0.0)
+    report = train(str(tmp_path / "m.gguf"), data=text, output=tmp_path / "out", settings=plan).report
+    before, after = fewbit.load(tmp_path / "m.gguf", dequantize=True), fewbit.load(tmp_path / "out")
+    assert report["parameters"] == sum(p.numel() for p in before.parameters())
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(after.get_parameter(name), before.get_parameter(name))
 
 
 def test_the_curve_stands_beside_another_run_of_the_same_text_alone(text, quick, tmp_path):

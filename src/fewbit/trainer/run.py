@@ -4,7 +4,8 @@ Everything that can be refused is refused before the first tensor: names, settin
 to stand beside. Then the loop runs with a checkpoint every so many updates; the finished model is written,
 read back from disk, scored on the held-out windows, and only then appears under its name.
 
-A model is `fewbit.trainer.small.NAME` (made anew and trained from nothing) or whatever ``fewbit.load`` takes.
+A model is `fewbit.trainer.small.NAME` (made anew and trained from nothing) or whatever ``fewbit.load`` takes;
+a GGUF file is trained from its decoded weights.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def _model(source: Source | None, settings: Settings, device: str) -> nn.Module:
     """The float32 model on the device."""
     if source is None:
         return small_llama(settings.seed).to(device)
-    model = load(source.name, device, torch.float32)
+    model = load(source.name, device, torch.float32, dequantize=True)  # of a GGUF, its codes
     if not hasattr(model.config, "vocab_size") or model.get_output_embeddings() is None:
         raise InputError(f"{source.name} predicts no next token; fewbit train takes causal language models")
     return model
