@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_map_only
 
 from fewbit.errors import InputError
 from fewbit.format import Format, Params
-from fewbit.train.distributed.reduce import E4M3, check, exchangeable, shared_amax, shared_steps
+from fewbit.train.distributed.reduce import E4M3, check, own_format, shared_amax, shared_steps
 from fewbit.train.gradients import local
 
 _ATEN = torch.ops.aten
@@ -147,7 +147,7 @@ def fp8_gather(
     for m in chosen.values():
         trains = m.weight.requires_grad
         m.weight = nn.Parameter(Gathered(m.weight.detach()), requires_grad=trains)
-        m.gather_format = _own(m) if fmt is None else fmt
+        m.gather_format = fmt or own_format(m, "forward", "right") or E4M3
         m.register_buffer("gather_step", None, persistent=False)
     return [f"{name}.weight" for name in chosen]
 
@@ -173,13 +173,6 @@ def sync_steps(model: nn.Module) -> None:
         shards = [local(m.weight).numbers for m in modules]
         for m, step in zip(modules, _steps(shards, fmt, group), strict=True):
             m.gather_step = step
-
-
-def _own(layer: nn.Linear) -> Format:
-    """The format in which a layer multiplies its weight, where ranks can exchange it; else E4M3."""
-    products = getattr(layer, "products", None)
-    own = E4M3 if products is None else products.forward.right
-    return own if own is not None and exchangeable(own) else E4M3
 
 
 def _steps(shards: list[Tensor], fmt: Format, group: dist.ProcessGroup) -> Tensor:

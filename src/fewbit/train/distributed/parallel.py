@@ -22,7 +22,8 @@ of the whole tensor, bit for bit: a lowered layer with one step a tensor gathers
 its numbers on the grid. Sums travel wide: rounded partial sums would be a second error of the same size.
 
 From forward to backward a rank keeps the codes of its own part, 1 / P of a byte for each number of X,
-whatever the layer itself asks to keep: the wide X it saves is replaced by these codes as autograd stores it.
+where the layer keeps X wide: what it saves is replaced by these codes as autograd stores it. A layer that
+keeps codes (`Folded`, ``Keep.CODES``) keeps its own, of the whole X: a byte for each number.
 
 Weights become DTensors (what optimizers and checkpoints see), products run on their local parts.
 
@@ -47,7 +48,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from fewbit.errors import InputError
 from fewbit.format import Format, Params
-from fewbit.train.distributed.reduce import E4M3, E5M2, check, exchangeable, shared_amax, shared_steps
+from fewbit.train.distributed.reduce import E4M3, E5M2, check, own_format, shared_amax, shared_steps
 from fewbit.train.distributed.wire import all_gather, reduce_scatter
 
 # -- a sequence in parts
@@ -214,9 +215,7 @@ def _format(given: Format | None, layer: nn.Module, product: str, other: Format)
     if given is not None:
         check(given)
         return given
-    products = getattr(layer, "products", None)
-    own = None if products is None else getattr(products, product).left
-    return own if own is not None and exchangeable(own) else other
+    return own_format(layer, product, "left") or other
 
 
 def _split(

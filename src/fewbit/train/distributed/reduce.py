@@ -40,12 +40,13 @@ from enum import StrEnum
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbit.errors import InputError
 from fewbit.format import FP32, Format, Params, PerTensor, QTensor, value_of
 from fewbit.format.affine import raw_step
 from fewbit.train.distributed.wire import all_gather
+from fewbit.train.folded import Folded
 from fewbit.train.gradients import wide
 from fewbit.train.states import one_step
 
@@ -235,6 +236,19 @@ def check(fmt: Format) -> None:
             f"ranks exchange 8-bit floats with one float32 step for a tensor, got {fmt}; use E4M3 or E5M2 of "
             "fewbit.train.distributed"
         )
+
+
+def own_format(layer: nn.Module, product: str, side: str) -> Format | None:
+    """The format in which ``layer`` rounds an operand itself, where ranks can exchange it; else None.
+
+    product, side: fields of `Products` and `Product`. `Folded` layers with a step per row have none.
+    """
+    products = getattr(layer, "products", None)
+    if isinstance(products, Folded):
+        gradient = (product, side) == ("input_gradient", "left") and products.gradient == torch.float8_e5m2
+        return None if products.by_rows else E5M2 if gradient else E4M3
+    own = None if products is None else getattr(getattr(products, product), side)
+    return own if own is not None and exchangeable(own) else None
 
 
 def _amax(t: Tensor | QTensor) -> Tensor:
