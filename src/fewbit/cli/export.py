@@ -123,12 +123,12 @@ def _gguf(checkpoint: str, output: Path, requantize: bool, as_json: bool) -> Non
     done = write(open_source(checkpoint), output)
     if as_json:
         found = {"model": checkpoint, "output": str(output), "to": "gguf", "size_bytes": done.nbytes}
-        print_json(
-            found | {"kinds": done.kinds, "rounded": list(done.rounded), "unused": list(done.left_out)}
-        )
+        found |= {"kinds": done.kinds, "rounded": list(done.rounded), "unused": list(done.left_out)}
+        print_json(found | {"caveats": list(done.caveats)})
         return
     rows = [("file", str(output)), ("written as", f"GGUF: {done}"), ("size", size(done.nbytes))]
     rows += [("left out", ", ".join(done.left_out))] if done.left_out else []
+    rows += [("mind", text) for text in done.caveats]
     facts(rows, sys.stdout)
 
 

@@ -30,6 +30,7 @@ from fewbit.io.gguf_codes import FORMAT_OF, encode, floats, holds, settled
 from fewbit.io.gguf_meta import ARCHITECTURES, model_metadata, rope_factors
 from fewbit.io.gguf_names import gguf_name, is_router
 from fewbit.io.gguf_vocab import tokenizer_metadata
+from fewbit.io.kv import LEFT_BEHIND
 from fewbit.io.skeleton import build_skeleton, parameter_map
 
 __all__ = ["Written", "check", "holds", "write"]
@@ -45,12 +46,13 @@ FILE_TYPES = {
 @dataclass(frozen=True, kw_only=True)
 class Written:
     """What went into a file: ggml type by the model's tensor name; which of them were rounded; stored tensors
-    that the model does not use and the file does not hold; bytes.
+    that the model does not use and the file does not hold; what the source says and a GGUF cannot; bytes.
     """
 
     kinds: dict[str, str]
     rounded: tuple[str, ...]
     left_out: tuple[str, ...]
+    caveats: tuple[str, ...]
     nbytes: int
 
     def __str__(self) -> str:
@@ -124,7 +126,8 @@ def write(source: Source, path: str | Path, *, embeddings: str | None = None) ->
             writer.close()
         temporary.unlink(missing_ok=True)
     rounded = tuple(job.name for job in jobs if job.rounds)
-    return Written(kinds=kinds, rounded=rounded, left_out=unused, nbytes=path.stat().st_size)
+    mind = () if getattr(source, "kv", None) is None else (LEFT_BEHIND,)
+    return Written(kinds=kinds, rounded=rounded, left_out=unused, caveats=mind, nbytes=path.stat().st_size)
 
 
 @dataclass(frozen=True, kw_only=True)

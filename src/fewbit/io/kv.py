@@ -25,6 +25,8 @@ from fewbit.nn.kvcache import Along, KVFormat
 STEPS, ZEROS = ("k_scale", "v_scale"), ("k_zero_point", "v_zero_point")
 Pair = tuple[Tensor, Tensor]
 
+LEFT_BEHIND = "the fixed steps of keys and values stay behind: engines find their own, or keep floats"
+
 
 def to_config(kv: KVFormat | None) -> dict:
     """Its part of a native ``quantization_config``."""

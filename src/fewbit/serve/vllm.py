@@ -7,15 +7,17 @@ and computes by ``fewbit.serve.packed``: decode and multiply, whatever the forma
 ("q", "k", "v" or 0, 1).
 
 Written against vLLM 0.32. One process holds whole layers: tensor parallelism is refused, since a random basis
-or a trellis does not split along its sides. Experts in a native checkpoint are refused too.
+or a trellis does not split along its sides. Experts in a native checkpoint are refused too. Fixed steps of
+keys and values are not used, which the log says: vLLM caches them as ``--kv-cache-dtype`` asks.
 
 The product is one operator that torch.compile does not look into; layers are found by a number.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from typing import Any
 
@@ -30,6 +32,7 @@ from fewbit.io import native
 from fewbit.io.native import QUANT_METHOD, Entry
 from fewbit.serve.packed import Joined, PackedLinear, PlainLinear, stored_layout
 
+LOG = logging.getLogger("fewbit.serve")
 _LAYERS: dict[int, Joined] = {}
 _NUMBERS = count()
 _PLACES = {"q": 0, "k": 1, "v": 2, None: 0}
@@ -52,6 +55,11 @@ class FewbitConfig(QuantizationConfig):
     def __init__(self, plain: Mapping[str, Any]):
         super().__init__()
         self.entries = native.entries_from_config(plain)
+        if plain.get("kv") is not None:
+            _say_once(
+                "the fixed steps of keys and values in this native checkpoint are not used, and vLLM caches "
+                "them as --kv-cache-dtype asks; fewbit export --to compressed-tensors writes what it uses"
+            )
         if native.sites_from_config(plain):
             raise InputError(
                 "this checkpoint quantizes sums and outputs, as encoders do, which is not served; use "
@@ -163,6 +171,12 @@ class FewbitLinear(LinearMethodBase):
         """x [..., in] -> [..., out] in x's dtype."""
         y = packed_linear(x, layer.fewbit_number, layer.fewbit.out_features)
         return y if bias is None else y + bias
+
+
+@cache
+def _say_once(text: str) -> None:
+    """A warning, once in a process: vLLM reads a configuration several times."""
+    LOG.warning(text)
 
 
 def _keep(arrived: list[dict], name: str, parameter: nn.Parameter, loaded: Tensor, place: Any = None) -> None:

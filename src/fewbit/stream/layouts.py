@@ -188,7 +188,7 @@ def caveats(target: str, layers: Mapping[str, Layer], source: Source) -> list[st
     if zeros:
         out.append(f"{sum(zeros.values())} steps are 0, their blocks too, first in {next(iter(zeros))}")
     if getattr(source, "kv", None) is not None and kv_held(target, source) is None:
-        out.append("the fixed steps of keys and values stay behind: engines find their own, or keep floats")
+        out.append(kv.LEFT_BEHIND)
     new = any(a is None for a in kept.values())
     if target == "compressed-tensors":
         given = {n: a for n, a in kept.items() if a is not None}
