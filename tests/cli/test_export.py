@@ -82,6 +82,15 @@ def test_gguf_is_one_file_that_holds_the_same_codes(fewbit, llama, tmp_path):
     assert "14 of 14 layers code for code" in again.out, again.err
 
 
+def test_gguf_says_that_steps_of_keys_and_values_stay_behind(fewbit, llama, tmp_path):
+    made = ("--kv", "fp8-tensor", "--set", "format=q8_0", "--samples", 4, "--seqlen", 32, "--no-read-back")
+    assert fewbit("quantize", llama, "-r", "rtn", *made, "-o", tmp_path / "q").code == 0
+    export = ("export", tmp_path / "q", "--to", "gguf", "-o")
+    assert "keys and values stay behind" in " ".join(fewbit(*export, tmp_path / "a.gguf").out.split())
+    (said,) = fewbit(*export, tmp_path / "b.gguf", "--json").json["caveats"]
+    assert "keys and values stay behind" in said
+
+
 def test_help_has_an_example_and_names_every_target(fewbit):
     text = fewbit("export", "--help").out
     assert "fewbit export out/smollm2-w4a16 --to gptq" in text
