@@ -20,7 +20,7 @@ demo: $(VENV)/.stamp
 	$(BIN)/python examples/demo.py
 
 test: lint browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Reports are opened in a real browser by their tests; where none is there and none can be installed, those
 # tests are skipped (in CI they fail).
