@@ -86,9 +86,7 @@ def read_text(spec: str | Path | None = None) -> Text:
     if kind == "file":
         return _file(str(spec), path)
     if isinstance(spec, Path) or path.suffix.lower() in JSON_LINES + PLAIN or not _HUB_NAME.fullmatch(spec):
-        raise InputError(
-            f"there is no text file {spec}: check the path, or leave it out for the embedded default"
-        )
+        raise InputError(f"there is no text file {spec}: check the path")
     return _hub(spec)
 
 
