@@ -25,10 +25,11 @@ from fewbit.compare.processes import Processes
 from fewbit.compare.rows import Comparison, Row, parsed, read_rows, stand_in, write_rows
 from fewbit.compare.schedule import Schedule
 from fewbit.compare.setup import Ready, Setup, make_ready
-from fewbit.errors import InputError, WriteError
+from fewbit.errors import InputError
 from fewbit.evaluate.tasks import Score, beside
 from fewbit.recipe import Recipe
 from fewbit.recipe.entry import Entry
+from fewbit.stream.job import make_folder
 
 ORIGINAL = "original"
 
@@ -236,12 +237,7 @@ def _open(folder: Path) -> dict[str, Row]:
 
 
 def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(
-            f"cannot make the folder {folder}: {error.strerror}; choose another with -o"
-        ) from None
+    make_folder(folder)
     for stray in folder.glob("fewbit-compare-*"):  # of a call that was killed
         shutil.rmtree(stray, ignore_errors=True)
 

@@ -69,12 +69,7 @@ class Job:
                 f"{self.part} holds something that is no interrupted run; remove it or choose another -o"
             )
         else:
-            try:
-                self.part.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise WriteError(
-                    f"cannot make the folder {self.part}: {error.strerror}; choose another -o"
-                ) from None
+            make_folder(self.part)
             write_text(note, json.dumps(self.key, indent=1, sort_keys=True))
         for stray in self.part.glob("*.tmp*"):  # a kill in mid-write
             stray.unlink()
@@ -154,6 +149,14 @@ def depth_of_interrupted(output: Path) -> str | None:
     one.
     """
     return _read_json(_part(output) / "job.json").get("depth")
+
+
+def make_folder(path: Path) -> None:
+    """The folder, and those above it. Raises ``WriteError``."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"cannot make the folder {path}: {error.strerror}; choose another -o") from None
 
 
 def write_text(path: Path, text: str) -> None:

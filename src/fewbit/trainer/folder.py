@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from fewbit.errors import InputError, WriteError
-from fewbit.stream.job import write_text
+from fewbit.stream.job import make_folder, write_text
 
 REPORT, ROWS, CURVE = "training.json", "losses.jsonl", "curve.html"
 
@@ -73,12 +73,7 @@ class Folder:
 
     def open(self) -> dict[str, Any] | None:
         """Make or re-enter the work folder; the state of the last checkpoint, or None before the first."""
-        try:
-            self.part.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise WriteError(
-                f"cannot make the folder {self.part}: {error.strerror}; choose another -o"
-            ) from None
+        make_folder(self.part)
         if not self._note.exists():
             write_text(self._note, json.dumps(self.key, indent=1, sort_keys=True))
         for stray in self.part.glob("*.tmp"):  # a kill in mid-write
