@@ -129,7 +129,8 @@ class Run:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         self.step()
-        self.peak = (torch.cuda.max_memory_allocated() - before) / 1e9
+        peak = (torch.cuda.max_memory_allocated() - before) / 1e9
+        self.peak = None if graphs else peak  # graphs have a pool of their own, which is there before
         self.forward, self.both, self.stream = [], [], []
         self.clear()
 
@@ -196,7 +197,7 @@ def table(rows: list[dict]) -> str:
         lines.append(
             f"| {r['way']} | {r['forward']:.2f} | {r['ms']:.2f} | {r['stream']:.2f} | "
             f"{BATCH * TOKENS / r['stream']:.0f} k | {base['stream'] / r['stream']:.2f} | "
-            f"{r['peak_gb']:.2f} | {error} |"
+            f"{'' if r['peak_gb'] is None else format(r['peak_gb'], '.2f')} | {error} |"
         )
     return "\n".join(lines)
 

@@ -237,7 +237,7 @@ def _show(result: Trained, way: Way) -> None:
         ("result", str(result.output)),
         ("loss", f"{r['held']:.4f} nats per token held out; {_before(r)}"),
         *_beside(result),
-        ("read back", f"{r['read_back']:.4f} from the files, in the same way"),
+        ("read back", f"{r['read_back']:.4f} from the files, in their dtype, without low products"),
         ("left out", f"{r['skipped']} updates, whose gradients were not finite") if r["skipped"] else None,
         ("speed", f"{r['tokens_per_second']:,.0f} tokens/s on {r['device']}"),
         ("memory", f"{size(r['peak_bytes'])} at most, {kept}"),
