@@ -53,8 +53,8 @@ def test_memory_is_that_of_the_file():
 
 
 def test_bits_of_a_whole_byte_are_opened_once():
-    assert PackedLinear(*made(FORMATS_SEEN["int8"])[:2]).opened is not None
-    assert PackedLinear(*made(FORMATS_SEEN["int4"])[:2]).opened is None
+    assert not PackedLinear(*made(FORMATS_SEEN["int8"])[:2]).fields
+    assert set(PackedLinear(*made(FORMATS_SEEN["int4"])[:2]).fields) == {"codes", "zero"}
 
 
 def test_pieces_of_different_formats_are_joined_in_order():

@@ -2,7 +2,11 @@
 
 ``fewbit.load`` unpacks codes once, a byte or more to each, which is quick and eight times the file at one
 bit. An engine that serves keeps them packed: its memory is that of the file, and what it unpacks lives for
-one layer. Where unpacking makes nothing larger (8 bits) it happens once.
+one layer. What unpacking makes no larger (codes of 8 bits) is unpacked once.
+
+What runs is the ``QLinear`` that ``fewbit.load`` makes, with the same kernels; its codes are put into it for
+the length of a call. Everything a file may have wrong is found when the layer is made, on the CPU, so that a
+call asks the device nothing and waits for nothing: a CUDA graph can hold it.
 
 An engine fuses layers that read one tensor (q, k, v; gate, up) and loads them piece by piece. Their formats,
 bases and orders may differ, so each piece stays a layer of its own and their outputs are joined:
@@ -23,6 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewbit.errors import InputError
+from fewbit.format.affine import Zero
+from fewbit.format.bits import unpack
+from fewbit.format.qtensor import QTensor
+from fewbit.grid.grid import Grid
 from fewbit.io import inputs, native
 from fewbit.io.native import Entry
 from fewbit.io.shell import linear_of
@@ -39,34 +47,53 @@ def stored_layout(entry: Entry | None, shape: tuple[int, int], dtype: torch.dtyp
 class PackedLinear(nn.Module):
     """x [..., in] -> [..., out] by a layer of a native checkpoint, without its bias.
 
-    entry: what the configuration says of it; stored: its tensors under their names without the module.
-    Raises InputError for a tensor that is missing or does not fit.
+    entry: what the configuration says of it; stored: its tensors under their names without the module;
+    device: where it runs, by default where they are. Raises InputError for a tensor that is missing or does
+    not fit.
     """
 
-    def __init__(self, entry: Entry, stored: Mapping[str, Tensor]):
+    def __init__(self, entry: Entry, stored: Mapping[str, Tensor], device: torch.device | None = None):
         super().__init__()
-        self.entry, self.out_features = entry, entry.shape[0]
+        self.out_features = entry.shape[0]
         for name in stored_layout(entry, entry.shape, torch.float32):
             if name not in stored:
                 raise InputError(
                     f"the checkpoint has no tensor {name} of a layer in {entry.format}; it is incomplete"
                 )
-            self.register_buffer(name, stored[name])
-        layer = self._open()
-        larger = sum(b.nbytes for b in layer.buffers()) > sum(b.nbytes for b in self.buffers())
-        self.opened = None if larger else layer
-        if self.opened is not None:
-            for name in list(self._buffers):
-                del self._buffers[name]
-
-    def _open(self) -> nn.Module:
-        stored = {f".{name}": tensor for name, tensor in self._buffers.items()}
-        params = inputs.from_dict("", stored, self.entry.activation, self.entry.shape[1])
-        return linear_of(native.from_dict("", stored, *self.entry.stored), None, self.entry, params)
+        device = next(iter(stored.values())).device if device is None else device
+        held = {f".{name}": tensor.cpu() for name, tensor in stored.items()}
+        weight = native.from_dict("", held, *entry.stored).to(device)
+        params = inputs.from_dict("", held, entry.activation, entry.shape[1])
+        self.layer = linear_of(weight, None, entry, None if params is None else params.to(device))
+        fields = _fields(weight if isinstance(weight, QTensor) else weight.rest)
+        larger = {n for n in fields if self.layer._buffers[n].nbytes > stored[n].nbytes}
+        self.fields = {name: field for name, field in fields.items() if name in larger}
+        for name in self.fields:
+            self.layer._buffers[name] = None
+            self.register_buffer(name, stored[name].to(device))
 
     def forward(self, x: Tensor) -> Tensor:
         """y in x's dtype."""
-        return (self._open() if self.opened is None else self.opened)(x)
+        codes = {name: _unpacked(self._buffers[name], *field) for name, field in self.fields.items()}
+        return torch.func.functional_call(self.layer, codes, (x,))
+
+
+def _fields(q: QTensor, prefix: str = "") -> dict[str, tuple[Grid, torch.Size]]:
+    """Grid and shape of all that a file packs of ``q``, by the name that ``QLinear`` gives its buffer."""
+    found = {f"{prefix}codes": (q.format.grid, q.codes.shape)}
+    for name in ("scale", "table", "zero"):
+        part = getattr(q, name)
+        if isinstance(part, QTensor):
+            found |= _fields(part, f"{prefix}{name}_")
+    if q.format.zero is Zero.INTEGER:
+        found[f"{prefix}zero"] = (q.format.grid, q.zero.shape)
+    return found
+
+
+def _unpacked(packed: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
+    """Codes of ``shape`` from the bytes of a file, which were looked at when it was read."""
+    columns = shape[-1] if shape else 1
+    return grid.from_unsigned(unpack(packed, grid.bits, columns)).reshape(shape)
 
 
 class PlainLinear(nn.Module):
@@ -92,4 +119,4 @@ class Joined(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., sum of out]."""
-        return torch.cat([layer(x) for layer in self.layers], -1)
+        return self.layers[0](x) if len(self.layers) == 1 else torch.cat([f(x) for f in self.layers], -1)

@@ -155,11 +155,11 @@ class FewbitLinear(LinearMethodBase):
             if set(arrived) != set(layout):
                 missing = ", ".join(sorted(set(layout) - set(arrived)))
                 raise InputError(f"the checkpoint has no tensor {missing} of {piece}; it is incomplete")
-            stored = {name: tensor.to(device) for name, tensor in arrived.items()}
-            dtype = next(iter(layout.values()))[1]
-            made.append(
-                PlainLinear(stored["weight"].to(dtype)) if entry is None else PackedLinear(entry, stored)
-            )
+            if entry is None:
+                dtype = layout["weight"][1]
+                made.append(PlainLinear(arrived["weight"].to(device, dtype)))
+            else:
+                made.append(PackedLinear(entry, arrived, device))
         for name in {name for layout in self.layouts for name in layout}:
             delattr(layer, name)
         del layer.fewbit_arrived
