@@ -8,8 +8,8 @@
 The linears of the blocks train with their rounding in the loop (weights, steps, zeros: `LearnedRange`; norm
 gains as well; embedding and head stay as they are), from the codes of GPTQ, on the KL divergence of the whole
 vocabulary from the float model. Text: C4, Wikipedia, books, speeches and WikiText-2 validation (which the
-rows of methods.py are calibrated on), and what the model writes itself: ``--sample`` continues beginnings of
-those texts for so many minutes and keeps them in OUT, where later runs find them. Windows of 512 tokens;
+rows of methods.py are calibrated on), and what the model writes itself: ``--sample`` goes on from beginnings
+in those texts for so many minutes; later runs find in OUT what every seed wrote. Windows of 512 tokens;
 the float model's last hidden states are computed once. Products in bfloat16, weights and optimizer float32.
 The rates are shares of each weight's root mean square and fall to 0 by a cosine of the time.
 
@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 import torch
-from qat_texts import LENGTH, START, TEST, VALID, hidden, say, states, targets, texts, write
+from qat_texts import LENGTH, START, TEST, VALID, hidden, say, states, texts, write
 
 import fewbit
 from fewbit.compare.worker import device_name
@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--sample", action="store_true", help="write text for later runs; train nothing")
     parser.add_argument("--own-only", action="store_true", help="learn from text the model wrote, no other")
-    parser.add_argument("--rows", type=int, default=1536, help="texts written at a time")
+    parser.add_argument("--rows", type=int, default=2048, help="texts written at a time")
     parser.add_argument("--out", type=Path, default=ROOT.parent / "out" / "qat_smollm2")
     parser.add_argument("--name", help="of the row; made of the settings otherwise")
     parser.add_argument("--smoke", action="store_true", help="a few steps on a CPU: does it run?")
@@ -191,17 +191,17 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     tokenizer = open_source(args.model).tokenizer()
-    taught, held = texts(args, tokenizer)
+    taught, held, valid = texts(args, tokenizer)
     original = fewbit.load(args.model, dtype=torch.float32).to(args.device).requires_grad_(False)
     if args.sample:
-        return write(args, original, taught)
+        return write(args, original, taught, valid)
     model = prepare(copy.deepcopy(original), recipe(args), weight=LearnedRange())
     if args.start == "gptq":
         start(model, args)
     for name, p in model.named_parameters():  # embedding and head stay as they are
         p.requires_grad_("layers." in name or name == "model.norm.weight")
     say(f"the float model reads {taught.numel():,} tokens")
-    target, held_target = targets(original, taught, args), states(original, held, args)
+    target, held_target = states(original, taught, args), states(original, held, args)
     protocol = Protocol(windows=1, window=64) if args.smoke else Protocol()
     test = windows(tokenizer, read_text(args.data / TEST), protocol)
     score = lambda m: fewbit.evaluate(m.eval(), test, protocol, against=original)  # noqa: E731

@@ -34,49 +34,41 @@ def cut(tokenizer, text: str) -> torch.Tensor:
     return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
 
 
-def texts(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows that teach, and windows that do not [w, l]."""
+def texts(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Windows that teach, windows that do not [w, l], how many of the first are WikiText-2's."""
     valid = cut(tokenizer, read(args.data / VALID))
     if args.smoke:
-        return valid[:4, :32], valid[-args.batch :, :32]
+        return valid[:4, :32], valid[-args.batch :, :32], 2
     parts = [cut(tokenizer, read(args.data / name)) for name in TEXTS]
     taught = torch.cat([*parts, valid[: -args.batch]])
-    own = args.out / "sampled.pt"
-    if own.exists() and not args.sample:
-        written = torch.load(own).long()
+    own = [] if args.sample else sorted(args.out.glob("sampled-*.pt"))
+    if own:
+        written = torch.cat([torch.load(path).long() for path in own])
         say(f"{written.numel():,} tokens that the model wrote, {taught.numel():,} others")
         taught = written if args.own_only else torch.cat([taught, written])
-    return taught, valid[-args.batch :]
+    return taught, valid[-args.batch :], len(valid) - args.batch
 
 
-def write(args: argparse.Namespace, model, taught: torch.Tensor) -> None:
-    """OUT/sampled.pt: what the model goes on to write from random places of the texts; OUT/states.pt:
-    its states on all of them.
+def write(args: argparse.Namespace, model, taught: torch.Tensor, valid: int) -> None:
+    """OUT/sampled-SEED.pt: what the model goes on to write from random places of the texts, half of them
+    in the last ``valid`` windows, WikiText-2's.
     """
     writer = copy.deepcopy(model).to(args.device, torch.bfloat16)
     generator = torch.Generator(args.device).manual_seed(args.seed)
+    places = torch.Generator().manual_seed(args.seed)
     own, length = [], taught.shape[1]
     begin = min(BEGINNING, length // 4)
+    odds = torch.ones(len(taught), dtype=torch.float64)
+    odds[len(taught) - valid :] = (len(taught) - valid) / valid
+    begun = time.perf_counter()
     while not own or (time.perf_counter() - START < 60 * args.minutes and not args.smoke):
-        rows = torch.randint(len(taught), (args.rows,), generator=generator, device=args.device).cpu()
-        shift = torch.randint(length - begin, (args.rows, 1), generator=generator, device=args.device).cpu()
+        rows = torch.multinomial(odds, args.rows, replacement=True, generator=places)
+        shift = torch.randint(length - begin, (args.rows, 1), generator=places)
         prompts = taught[rows[:, None], shift + torch.arange(begin)]
         own.append(sample_text(writer, args.rows, length, prompts=prompts, generator=generator).int().cpu())
-        say(f"{sum(o.numel() for o in own):,} tokens written")
-    torch.save(torch.cat(own), args.out / "sampled.pt")
-    tokens = torch.cat([taught, torch.cat(own).long()])
-    torch.save({"tokens": tokens, "states": states(model, tokens, args).cpu()}, args.out / "states.pt")
-    say(f"the states of {tokens.numel():,} tokens are kept")
-
-
-def targets(model, tokens: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
-    """`states`, from OUT/states.pt where it holds those of ``tokens``."""
-    kept = args.out / "states.pt"
-    if kept.exists():
-        found = torch.load(kept, mmap=True)
-        if torch.equal(found["tokens"], tokens):
-            return found["states"].to(args.device)
-    return states(model, tokens, args)
+        tokens = sum(o.numel() for o in own)
+        say(f"{tokens:,} tokens written, {tokens / (time.perf_counter() - begun):,.0f} a second")
+    torch.save(torch.cat(own), args.out / f"sampled-{args.seed}.pt")
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from fewbit.train.adapters import add_adapters, merge_adapters
 from fewbit.train.amaxes import advance
 from fewbit.train.blocks import BlockError, train_blocks
-from fewbit.train.distill import forward_kl, kd_loss, sample_text
+from fewbit.train.distill import forward_kl, kd_loss
 from fewbit.train.fake import (
     LSQ,
     PACT,
@@ -46,6 +46,7 @@ from fewbit.train.scalings import (
 )
 from fewbit.train.states import STATES, States
 from fewbit.train.steps import StepLinear, train_steps
+from fewbit.train.writing import sample_text
 
 __all__ = [
     "LEVELS", "LSQ", "O1", "O2", "O3", "OPTIMIZERS", "PACT", "PRODUCTS", "STATES", "BlockError",

@@ -1,11 +1,10 @@
-"""Distillation without data: a model teaches its quantized copy on text that it wrote itself.
+"""Distillation: a model teaches its quantized copy what it expects of every next token.
 
     L = mean over tokens t of  KL(p_t || q_t),   p = softmax(teacher), q = softmax(student), whole vocabulary
     dL/d(student's logits) = (q - p) / tokens
 
 LLM-QAT, Liu et al. 2023, https://arxiv.org/abs/2305.17888: cross-entropy against the teacher's distribution
-(section 2.2, eq. 3), whose gradient is that of KL; text sampled from the teacher from a random first token,
-the next 3 to 5 by its largest probability, the rest at random (section 2.1, hybrid sampling).
+(section 2.2, eq. 3), whose gradient is that of KL. Text that the teacher wrote: `writing.py`.
 
 Logits of a batch are larger than everything else in it: 16,384 tokens of a vocabulary of 49,152 are 3.2 GB in
 float32, and the loss would hold several such. So `kd_loss` takes the last hidden states, computes logits
@@ -20,7 +19,6 @@ them is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,50 +105,3 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx, grad):
         states, *rest = (grad * g for g in ctx.saved_tensors)
         return None, states, None, *rest
-
-
-@torch.no_grad()
-def sample_text(
-    model: Any,
-    count: int,
-    length: int,
-    *,
-    generator: torch.Generator | None = None,
-    prompts: Tensor | None = None,
-    greedy: tuple[int, int] = (3, 5),
-    temperature: float = 1.0,
-    ends: tuple[int, ...] = (),
-) -> Tensor:
-    """Text that a transformers causal language model writes: token ids [count, length] int64.
-
-    A text begins with a random token of the vocabulary; the next 3 to 5 (``greedy``, drawn per text) are the
-    likeliest, the others sampled at ``temperature``. After one of the tokens ``ends`` the row goes on with a
-    new text. prompts: beginnings [count, p] that all rows go on from by sampling, in the place of the first
-    token. generator: on the model's device. All rows run as one batch with a cache of keys and values: choose
-    ``count`` by memory. Raises ``InputError`` for lengths that leave nothing to write.
-    """
-    begun = 1 if prompts is None else prompts.shape[1]
-    if count < 1 or length <= begun:
-        raise InputError(
-            f"{count} texts of {length} tokens leave nothing to write after the first {begun}; ask for more"
-        )
-    device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
-    options = {"device": device, "generator": generator}
-    fresh = lambda: torch.randint(vocabulary, (count,), **options)  # noqa: E731
-    drawn = lambda: torch.randint(greedy[0], greedy[1] + 1, (count,), **options)  # noqa: E731
-    ids = torch.empty(count, length, dtype=torch.int64, device=device)
-    ids[:, :begun] = fresh()[:, None] if prompts is None else prompts.to(device)
-    top = drawn() if prompts is None else torch.zeros(count, dtype=torch.int64, device=device)
-    stops = torch.tensor(ends, dtype=torch.int64, device=device)
-    cache, new = None, ids[:, :begun]
-    for at in range(begun, length):
-        out = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, logits = out.past_key_values, out.logits[:, -1].float() / temperature
-        # the largest of p / e, e exponential, is a draw from p
-        noise = torch.empty_like(logits).exponential_(generator=generator)
-        token = torch.where(top > 0, logits.argmax(-1), (logits.softmax(-1) / noise).argmax(-1))
-        ended = torch.isin(new[:, -1], stops)
-        token, top = torch.where(ended, fresh(), token), torch.where(ended, drawn(), (top - 1).clamp(min=0))
-        ids[:, at] = token
-        new = token[:, None]
-    return ids
