@@ -1,166 +1,228 @@
-"""What vLLM makes of our checkpoints: its greedy tokens beside ours, road by road.
+"""What vLLM makes of our checkpoints: its tokens and log-probabilities beside ours, road by road.
 
-    python benchmarks/serve_vllm.py --vllm PYTHON [--only TEXT ...] [--keep FOLDER]
+    python benchmarks/serve_vllm.py --vllm PYTHON [--device cuda] [--jobs 6] [--only TEXT ...] [--keep FOLDER]
 
-PYTHON is the interpreter of an environment that has vLLM and, for the native roads, fewbit. A road is a
-recipe, and a layout it is exported to where one is named. SmolLM2-135M is quantized on the text that ships
-with Python, 16 windows; both sides continue the same prompts greedily for 24 tokens. Ours is transformers on
-what ``fewbit.load`` gives, in the same dtype. Tokens that agree are counted up to the first that differs;
-there our two likeliest tokens are a gap of nats apart, which says whether rounding alone explains it.
+PYTHON is the interpreter of an environment that has vLLM and what fewbit needs; fewbit itself is this tree's,
+its entry point included. A road (``serve_roads.py``) is a recipe, and a layout it is exported to where one is
+named. The model is quantized on the text that ships with Python, 16 windows; both sides run in one dtype.
+Ours is transformers on what ``fewbit.load`` gives. Two comparisons:
 
-Rows are written to benchmarks/results/serve_vllm.json as they come, and are not run again.
+- greedy: both continue the same prompts for 24 tokens; those that agree are counted up to the first that
+  differs. There our two likeliest tokens are a gap of nats apart, which says whether rounding alone explains
+  it. Four prompts are those of ``serve_prompts.py``, at which the float model is decided; three are not
+  chosen.
+- teacher-forced: both read our continuation and say how likely each of its tokens is; mean and largest
+  difference of the log-probabilities, nats. Beside it stands what rounding is worth: the same difference
+  between our model reading at once and token by token (other orders of sums, nothing else), and between it
+  and itself in another dtype (float32; of float32: float16).
+
+A road runs in processes of its own, --jobs of them at a time, and none stops another. On a CPU a road that
+vLLM refuses is loaded by transformers instead, in a process without fewbit. Rows are written to
+benchmarks/results/serve_vllm.json (of CUDA serve_vllm_cuda.json) as they come, and are not run again.
 """
 
 import argparse
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from serve_prompts import TOKENS
+from serve_roads import PLAIN, ROADS, slug
+
 ROOT = Path(__file__).parent
-PROMPTS = ["The capital of France is", "Quantization is", "Water boils at"]
-TOKENS = 24
-G64 = ["--set", "group_size=64"]
-ROADS = {  # name: recipe and settings, layout of an export, dtype
-    "W4A16 symmetric, compressed-tensors": (["gptq", *G64], None, "float16"),
-    "W4A16 asymmetric, compressed-tensors": (["gptq", *G64, "--set", "symmetric=false"], None, "float16"),
-    "W8A16, compressed-tensors": (["int8"], None, "float16"),
-    "W8A8 int8 dynamic, compressed-tensors": (["w8a8"], None, "float32"),
-    "W4A16 with keys and values in E4M3": (["gptq", *G64, "--kv", "fp8-tensor"], None, "float16"),
-    "QuaRot W4A16, transform_config": (
-        ["quarot", *G64, "--set", "input_bits=16"],
-        "compressed-tensors",
-        "float16",
-    ),
-    "GPTQ layout, symmetric": (["gptq", *G64], "gptq", "float16"),
-    "AWQ layout": (["gptq", *G64, "--set", "symmetric=false"], "awq", "float16"),
-    "NF4, plugin": (["nf4"], None, "float32"),
-    "HIGGS, 4 bit, plugin": (["higgs", "--set", "bits=4"], None, "float32"),
-    "QTIP, 4 bit, plugin": (["qtip", "--set", "bits=4", "--set", "state_bits=10"], None, "float32"),
-    "QuaRot W4A16, plugin": (["quarot", "--set", "input_bits=16"], None, "float32"),
-    "QuaRot W4A4, plugin": (["quarot"], None, "float32"),
-}
 
 SERVE = """
-import json, os, sys
-os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1")
+import json, sys
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
-    model, dtype, prompts, tokens = json.loads(sys.argv[1])
-    llm = LLM(model, dtype=dtype, max_model_len=512, enforce_eager=True)
-    out = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
+    given = json.load(open(sys.argv[1]))
+    llm = LLM(given["model"], dtype=given["dtype"], max_model_len=256, max_num_seqs=16, enforce_eager=True,
+              enable_prefix_caching=False, **given["more"])
+    def run(ids, **how):
+        return llm.generate([{"prompt_token_ids": i} for i in ids], SamplingParams(temperature=0, **how))
+    out = run(given["prompts"], max_tokens=given["tokens"], ignore_eos=True)
     found = [{"ids": list(o.outputs[0].token_ids), "text": o.outputs[0].text} for o in out]
-    print("FOUND" + json.dumps(found))
+    print("FOUND" + json.dumps(found), flush=True)
+    whole = [p + o for p, o in zip(given["prompts"], given["ours"])]
+    for o, prompt, row in zip(run(whole, max_tokens=1, prompt_logprobs=1), given["prompts"], found):
+        each = list(zip(o.prompt_token_ids, o.prompt_logprobs))[len(prompt):]
+        row["logp"] = [said[token].logprob for token, said in each]
+    print("FOUND" + json.dumps(found), flush=True)
 """
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vllm", required=True, help="interpreter of an environment with vLLM")
+    parser.add_argument("--vllm", default=sys.executable, help="interpreter of an environment with vLLM")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--model", default="smollm2", help="or a folder or file of it")
     parser.add_argument("--only", nargs="*", default=[""], help="roads whose names hold one of these")
     parser.add_argument("--keep", type=Path, help="where checkpoints stay")
-    parser.add_argument("--results", type=Path, default=ROOT / "results" / "serve_vllm.json")
+    parser.add_argument("--jobs", type=int, default=1, help="roads at a time")
+    parser.add_argument("--timeout", type=int, help="seconds of an engine; 1200 on a CPU, else 150")
+    parser.add_argument("--logs", type=Path, help="a file for the last lines of what failed")
+    parser.add_argument("--results", type=Path, help="a JSON file of rows")
     args = parser.parse_args()
-    folder = args.keep or Path(tempfile.mkdtemp())
-    done = json.loads(args.results.read_text()) if args.results.exists() else {}
-    for name, road in ROADS.items():
-        if name not in done and any(o in name for o in args.only):
-            done[name] = travel(args.vllm, folder, *road)
+    args.timeout = args.timeout or (1200 if args.device == "cpu" else 150)
+    args.keep = (args.keep or Path(tempfile.mkdtemp())).absolute()
+    args.model = str(Path(args.model).absolute()) if Path(args.model).exists() else args.model
+    tail = "" if args.device == "cpu" else f"_{args.device}"
+    results = args.results or ROOT / "results" / f"serve_vllm{tail}.json"
+    done = json.loads(results.read_text()) if results.exists() else {}
+    wanted = [name for name in ROADS if name not in done and any(o in name for o in args.only)]
+    args.keep.mkdir(parents=True, exist_ok=True)
+    entry_point(args.keep)
+    (args.keep / "serve.py").write_text(SERVE)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        running = {pool.submit(travel, args, name): name for name in wanted}
+        for future in as_completed(running):
+            name = running[future]
+            done[name] = future.result()
             print(name, json.dumps(done[name]), flush=True)
-            args.results.write_text(json.dumps(done, indent=1))
-    args.results.with_suffix(".md").write_text(markdown(done), encoding="utf-8")
+            results.write_text(json.dumps({n: done[n] for n in ROADS if n in done}, indent=1))
+            results.with_suffix(".md").write_text(markdown(done, args), encoding="utf-8")
+    print(markdown(done, args))
 
 
-def travel(vllm: str, folder: Path, recipe: list[str], layout: str | None, dtype: str) -> dict:
-    """Quantize, export where asked, generate on both sides."""
-    made = fewbit(folder, "quantize", "smollm2", "--samples", "16", "-r", *recipe)
-    if layout is not None:
-        made = fewbit(folder, "export", str(made), "--to", layout)
-    script = folder / "serve.py"
-    script.write_text(SERVE)
-    words = [vllm, str(script), json.dumps([str(made), dtype, PROMPTS, TOKENS])]
-    said = subprocess.run(words, capture_output=True, text=True)
-    found = [line for line in said.stdout.splitlines() if line.startswith("FOUND")]
-    if not found:
-        reasons = [line for line in (said.stdout + said.stderr).splitlines() if "Error: " in line]
-        return {"failed": (reasons or ["no reason given"])[0].rpartition("Error: ")[2][:300]}
-    theirs = json.loads(found[0].removeprefix("FOUND"))
-    rows = [beside(ours, t["ids"]) for ours, t in zip(continued(made, dtype), theirs, strict=True)]
-    return {"dtype": dtype, "rows": rows, "texts": [t["text"] for t in theirs]}
+def entry_point(folder: Path) -> None:
+    """fewbit as vLLM looks for plugins, whatever is installed: the metadata of this tree."""
+    metadata = folder / "site" / "fewbit-0.dist-info"
+    metadata.mkdir(parents=True, exist_ok=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fewbit\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nfewbit = fewbit.serve.vllm:register\n"
+    )
 
 
-def fewbit(folder: Path, *words: str) -> Path:
-    """Run a command that writes a checkpoint, unless it is there."""
-    out = folder / "-".join(w.replace("/", "_") for w in words if not w.startswith("-"))
-    if not out.exists():
-        subprocess.run([sys.executable, "-m", "fewbit.cli.main", *words, "-o", str(out)], check=True)
-    return out
+def travel(args, name: str) -> dict:
+    """A road from the model to its row; what goes wrong becomes the row."""
+    start, own = time.time(), args.keep / slug(name)
+    try:
+        words = ["--device", args.device, "--model", args.model, "--keep", str(args.keep)]
+        script = str(ROOT.absolute() / "serve_roads.py")
+        status, said = run([sys.executable, script, name, *words], args, 2 * args.timeout)
+        if status:
+            return failed(args, f"{name}: quantize", "not made", said)
+        ours = json.loads(own.with_suffix(".json").read_text())
+        given = {key: ours[key] for key in ("model", "dtype", "prompts")} | {
+            "ours": [row["ids"] for row in ours["rows"]], "tokens": TOKENS, "more": {},
+        }  # fmt: skip
+        if args.device == "cuda":  # several engines share a GPU: a fixed cache, no look at what is free
+            given["more"] = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 29}
+        own.with_suffix(".given").write_text(json.dumps(given))
+        made = time.time()
+        status, said = run([args.vllm, "serve.py", f"{own}.given"], args, args.timeout)
+        found = [line for line in said.splitlines() if line.startswith("FOUND")]
+        if not found:
+            row = failed(args, f"{name}: serve", "took too long" if status == -9 else "", said)
+            return row | (in_transformers(ours) if args.device == "cpu" else {})
+        row = beside(ours, json.loads(found[-1].removeprefix("FOUND")))
+        return row | {"seconds": [round(made - start), round(time.time() - made)]}
+    except Exception as error:  # a road that breaks this script, too, is a row
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
-def continued(checkpoint: Path, dtype: str) -> list[tuple[list[int], list[float]]]:
-    """Per prompt our greedy tokens, and how far the likeliest token is before the second at each, nats."""
-    import torch
-
-    import fewbit as package
-    from fewbit.io.source import open_source
-
-    model = package.load(checkpoint, dtype=getattr(torch, dtype))
-    tokenizer, out = open_source(checkpoint).tokenizer(), []
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        said = model.generate(
-            ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, output_logits=True,
-            return_dict_in_generate=True, past_key_values=stored_cache(model),
-        )  # fmt: skip
-        best = [logits[0].float().log_softmax(-1).topk(2).values for logits in said.logits]
-        out.append((said.sequences[0, ids.shape[1] :].tolist(), [float(b[0] - b[1]) for b in best]))
-    return out
-
-
-def stored_cache(model):
-    """A cache by the model's own steps, of which a call attends to its own tokens as well, as vLLM does."""
-    from fewbit.nn.kvlayer import QuantizedCache, QuantizedLayer
-    from fewbit.nn.kvsteps import kept
-
-    class Rounded(QuantizedLayer):
-        def update(self, key_states, value_states, *args, **keywords):
-            super().update(key_states, value_states)
-            return tuple(store.read() for store in self.stores)
-
-    if (found := kept(model)) is None:
-        return None
-    cache = QuantizedCache(model.config, *found)
-    steps = zip(found[1].key, found[1].value, strict=True)
-    cache.layers = [Rounded(found[0], *pair) for pair in steps]
-    return cache
+def run(words: list[str], args, seconds: int) -> tuple[int, str]:
+    """(status, output) of a process in a group of its own; -9 when it was ended after ``seconds``."""
+    own = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [ROOT.parent / "src", args.keep / "site", *(Path(p) for p in own if p)]
+    least = {"OMP_NUM_THREADS": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    if args.device == "cuda":
+        least |= {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_DEEP_GEMM": "0"}
+    alone = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
+    env = least | alone | dict(os.environ) | quiet
+    env["PYTHONPATH"] = os.pathsep.join(str(p.absolute()) for p in paths)
+    child = subprocess.Popen(
+        words, env=env, cwd=args.keep, text=True, errors="replace", start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        said = child.communicate(timeout=seconds)[0]
+        return child.returncode, said
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        return -9, child.communicate()[0]
 
 
-def beside(ours: tuple[list[int], list[float]], theirs: list[int]) -> dict:
-    """How many tokens agree from the start, and the gap at the first that does not."""
-    ids, gaps = ours
-    agree = next((i for i, (a, b) in enumerate(zip(ids, theirs, strict=True)) if a != b), len(ids))
-    return {"agree": agree, "gap": None if agree == len(ids) else gaps[agree]}
+def failed(args, what: str, why: str, said: str) -> dict:
+    """A row that says why."""
+    if args.logs is not None:
+        with args.logs.open("a", encoding="utf-8") as file:
+            file.write(f"\n===== {what}\n{said[-6000:]}\n")
+    reasons = re.findall(r"\b(\w*(?:Error|Exception|Unsupported\w*): .+)", said)
+    reasons = [r for r in reasons if "Engine core initialization failed" not in r] or ["no reason given"]
+    return {"failed": why or reasons[-1][:300]}
 
 
-def markdown(done: dict) -> str:
+def in_transformers(ours: dict) -> dict:
+    """What transformers makes of the file in a process without fewbit."""
+    from fewbit.errors import InputError
+    from fewbit.stream.client import look
+
+    try:
+        seen = look(Path(ours["model"]), ours["layout"])
+    except InputError as error:
+        return {"transformers": str(error)}
+    return {"transformers": seen.why if seen.difference is None else seen.difference}
+
+
+def beside(ours: dict, theirs: list[dict]) -> dict:
+    """The row: tokens that agree from the start and the gap at the first that does not, by prompt; how far
+    log-probabilities are apart, and how far ours are in another dtype."""
+    agree, gaps, apart, step, noise = [], [], [], [], []
+    for own, other, t in zip(ours["rows"], ours["noise"], theirs, strict=True):
+        parts = [i for i, (a, b) in enumerate(zip(own["ids"], t["ids"], strict=True)) if a != b]
+        agree.append(parts[0] if parts else len(own["ids"]))
+        gaps.append(own["gaps"][parts[0]] if parts else None)
+        apart += [abs(a - b) for a, b in zip(own["logp"], t.get("logp", []), strict=False)]
+        step += [abs(a - b) for a, b in zip(own["logp"], own["step"], strict=True)]
+        noise += [abs(a - b) for a, b in zip(own["logp"], other, strict=True)]
+    return {
+        "dtype": ours["dtype"],
+        "agree": agree,
+        "gaps": gaps,
+        "least": [min(own["gaps"]) for own in ours["rows"]],
+        "apart": [sum(apart) / len(apart), max(apart)] if apart else None,
+        "step": [sum(step) / len(step), max(step)],
+        "noise": [sum(noise) / len(noise), max(noise)],
+        "text": theirs[-len(PLAIN)]["text"],
+    }
+
+
+def markdown(done: dict, args) -> str:
     """The table."""
+    where = "a CPU" if args.device == "cpu" else "an H200"
     lines = [
-        "Printed by `python benchmarks/serve_vllm.py` (its first lines say how), vLLM 0.32 on a CPU.",
+        f"Printed by `python benchmarks/serve_vllm.py --device {args.device}` (its first lines say how), "
+        f"vLLM on {where}.",
         "",
-        f"| road | dtype | tokens of {TOKENS} that agree, by prompt | gap in nats where they part | "
-        f"after {PROMPTS[0]!r} |",
-        "|---|---|---|---|---|",
+        f"| road | dtype | of {TOKENS} tokens agree: chosen prompts | others | gaps where they part, nats | "
+        "log-probabilities apart, mean and largest | ours token by token | ours in another dtype | after "
+        f"{PLAIN[0]!r} |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in (n for n in ROADS if n in done):
         r = done[name]
         if "failed" in r:
-            lines.append(f"| {name} | | failed | | {r['failed']} |")
+            also = f"; transformers: {r['transformers']}" if "transformers" in r else ""
+            lines.append(f"| {name} | | refused | | | | | | {r['failed']}{also} |".replace("\n", " "))
             continue
-        agree = ", ".join(str(row["agree"]) for row in r["rows"])
-        gaps = ", ".join(f"{row['gap']:.3f}" for row in r["rows"] if row["gap"] is not None)
-        text = " ".join(r["texts"][0].split())[:60]
-        lines.append(f"| {name} | {r['dtype']} | {agree} | {gaps} | {text} |")
+        agree = [", ".join(map(str, part)) for part in (r["agree"][: -len(PLAIN)], r["agree"][-len(PLAIN) :])]
+        gaps = ", ".join(f"{gap:.3f}" for gap in r["gaps"] if gap is not None)
+        apart = " | ".join(
+            "" if pair is None else f"{pair[0]:.1g}, {pair[1]:.1g}"
+            for pair in (r["apart"], r["step"], r["noise"])
+        )
+        text = " ".join(r["text"].split())[:60].replace("|", "/")
+        lines.append(f"| {name} | {r['dtype']} | {' | '.join(agree)} | {gaps} | {apart} | {text} |")
     return "\n".join(lines) + "\n"
 
 
