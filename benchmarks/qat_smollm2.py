@@ -191,10 +191,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     tokenizer = open_source(args.model).tokenizer()
-    taught, held, valid = texts(args, tokenizer)
+    taught, held = texts(args, tokenizer)
     original = fewbit.load(args.model, dtype=torch.float32).to(args.device).requires_grad_(False)
     if args.sample:
-        return write(args, original, taught, valid)
+        return write(args, original, taught)
     model = prepare(copy.deepcopy(original), recipe(args), weight=LearnedRange())
     if args.start == "gptq":
         start(model, args)

@@ -15,7 +15,8 @@ TEXTS = (
     "calib_book_pride_and_prejudice.txt", "calib_book_war_of_the_worlds.txt", "calib_book_white_fang.txt",
 )  # fmt: skip
 VALID, TEST = "wikitext2_raw_valid.txt", "wikitext2_raw_test.txt"
-LENGTH, BEGINNING = 512, 48  # tokens of a window, and of what the model goes on from
+LENGTH, BEGINNING = 512, 192  # tokens of a window, and of what the model goes on from
+TEMPERATURES = 1.0, 1.2
 START = time.perf_counter()
 
 
@@ -34,11 +35,11 @@ def cut(tokenizer, text: str) -> torch.Tensor:
     return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
 
 
-def texts(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Windows that teach, windows that do not [w, l], how many of the first are WikiText-2's."""
+def texts(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows that teach, and windows that do not [w, l]."""
     valid = cut(tokenizer, read(args.data / VALID))
     if args.smoke:
-        return valid[:4, :32], valid[-args.batch :, :32], 2
+        return valid[:4, :32], valid[-args.batch :, :32]
     parts = [cut(tokenizer, read(args.data / name)) for name in TEXTS]
     taught = torch.cat([*parts, valid[: -args.batch]])
     own = [] if args.sample else sorted(args.out.glob("sampled-*.pt"))
@@ -46,26 +47,23 @@ def texts(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor, torch.Tens
         written = torch.cat([torch.load(path).long() for path in own])
         say(f"{written.numel():,} tokens that the model wrote, {taught.numel():,} others")
         taught = written if args.own_only else torch.cat([taught, written])
-    return taught, valid[-args.batch :], len(valid) - args.batch
+    return taught, valid[-args.batch :]
 
 
-def write(args: argparse.Namespace, model, taught: torch.Tensor, valid: int) -> None:
-    """OUT/sampled-SEED.pt: what the model goes on to write from random places of the texts, half of them
-    in the last ``valid`` windows, WikiText-2's.
+def write(args: argparse.Namespace, model, taught: torch.Tensor) -> None:
+    """OUT/sampled-SEED.pt: what the model goes on to write from random places of the texts, every other
+    batch at a higher temperature: real text is less expected than a model's own.
     """
     writer = copy.deepcopy(model).to(args.device, torch.bfloat16)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     places = torch.Generator().manual_seed(args.seed)
-    own, length = [], taught.shape[1]
-    begin = min(BEGINNING, length // 4)
-    odds = torch.ones(len(taught), dtype=torch.float64)
-    odds[len(taught) - valid :] = (len(taught) - valid) / valid
+    own, length, flat = [], taught.shape[1], taught.flatten()
+    begin = min(BEGINNING, length // 2)
     begun = time.perf_counter()
     while not own or (time.perf_counter() - START < 60 * args.minutes and not args.smoke):
-        rows = torch.multinomial(odds, args.rows, replacement=True, generator=places)
-        shift = torch.randint(length - begin, (args.rows, 1), generator=places)
-        prompts = taught[rows[:, None], shift + torch.arange(begin)]
-        own.append(sample_text(writer, args.rows, length, prompts=prompts, generator=generator).int().cpu())
+        first = torch.randint(len(flat) - begin, (args.rows, 1), generator=places)
+        how = {"prompts": flat[first + torch.arange(begin)], "temperature": TEMPERATURES[len(own) % 2]}
+        own.append(sample_text(writer, args.rows, length, generator=generator, **how).int().cpu())
         tokens = sum(o.numel() for o in own)
         say(f"{tokens:,} tokens written, {tokens / (time.perf_counter() - begun):,.0f} a second")
     torch.save(torch.cat(own), args.out / f"sampled-{args.seed}.pt")
