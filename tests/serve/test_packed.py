@@ -9,7 +9,7 @@ from fewbit.io import inputs, native
 from fewbit.io.native import Entry
 from fewbit.io.shell import linear_of
 from fewbit.recipe import named
-from fewbit.serve.packed import Joined, PackedLinear, PlainLinear
+from fewbit.serve.packed import Joined, PackedLinear, PlainLinear, layer_of, stored_layout
 
 ROWS, COLUMNS = 32, 64
 
@@ -79,5 +79,6 @@ def test_static_inputs_keep_their_steps():
 def test_a_missing_tensor_is_named():
     entry, stored, _ = made(FORMATS_SEEN["int4"])
     del stored["scale"]
-    with pytest.raises(InputError, match="no tensor scale"):
-        PackedLinear(entry, stored)
+    layout = stored_layout(entry, entry.shape, torch.float32)
+    with pytest.raises(InputError, match="no tensor scale of layer_q; it is incomplete"):
+        layer_of("layer_q", entry, layout, stored, torch.device("cpu"))

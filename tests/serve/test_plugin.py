@@ -12,6 +12,7 @@ from fewbit.nn.kvcache import kv_format
 
 LAYERS = "vllm.model_executor.layers"
 NAMES = {
+    f"{LAYERS}.fused_moe": ("FusedMoEMethodBase", "RoutedExperts"),
     f"{LAYERS}.linear": ("LinearBase", "LinearMethodBase", "UnquantizedLinearMethod"),
     f"{LAYERS}.quantization": ("register_quantization_config",),
     f"{LAYERS}.quantization.base_config": ("QuantizationConfig", "QuantizeMethodBase"),
@@ -28,7 +29,8 @@ def plugin():
                 setattr(module, part, type(part, (), {}))
             patch.setitem(sys.modules, name, module)
         yield importlib.import_module("fewbit.serve.vllm")
-    sys.modules.pop("fewbit.serve.vllm")
+    for name in ("fewbit.serve.vllm", "fewbit.serve.vllm_experts"):
+        sys.modules.pop(name)
 
 
 def test_steps_of_keys_and_values_that_are_not_used_are_named_once(plugin, caplog):

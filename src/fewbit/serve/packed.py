@@ -48,18 +48,12 @@ class PackedLinear(nn.Module):
     """x [..., in] -> [..., out] by a layer of a native checkpoint, without its bias.
 
     entry: what the configuration says of it; stored: its tensors under their names without the module;
-    device: where it runs, by default where they are. Raises InputError for a tensor that is missing or does
-    not fit.
+    device: where it runs, by default where they are. Raises InputError for tensors that do not fit.
     """
 
     def __init__(self, entry: Entry, stored: Mapping[str, Tensor], device: torch.device | None = None):
         super().__init__()
         self.out_features = entry.shape[0]
-        for name in stored_layout(entry, entry.shape, torch.float32):
-            if name not in stored:
-                raise InputError(
-                    f"the checkpoint has no tensor {name} of a layer in {entry.format}; it is incomplete"
-                )
         device = next(iter(stored.values())).device if device is None else device
         held = {f".{name}": tensor.cpu() for name, tensor in stored.items()}
         weight = native.from_dict("", held, *entry.stored).to(device)
@@ -107,6 +101,24 @@ class PlainLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y in x's dtype."""
         return F.linear(x, self.weight)
+
+
+def layer_of(
+    name: str,
+    entry: Entry | None,
+    layout: Mapping[str, tuple],
+    arrived: Mapping[str, Tensor],
+    device: torch.device,
+) -> nn.Module:
+    """The layer ``name`` on ``device`` from what a loader gave; entry and layout as for ``stored_layout``.
+
+    Raises InputError for tensors that are missing.
+    """
+    if missing := sorted(set(layout) - set(arrived)):
+        raise InputError(f"the checkpoint has no tensor {', '.join(missing)} of {name}; it is incomplete")
+    if entry is None:
+        return PlainLinear(arrived["weight"].to(device, layout["weight"][1]))
+    return PackedLinear(entry, arrived, device)
 
 
 class Joined(nn.Module):

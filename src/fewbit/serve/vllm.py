@@ -6,9 +6,9 @@ and computes by ``fewbit.serve.packed``: decode and multiply, whatever the forma
 ``fewbit.kernel`` picks. What one engine layer fuses comes in pieces, which its loader tells by their place
 ("q", "k", "v" or 0, 1).
 
-Written against vLLM 0.32. One process holds whole layers: tensor parallelism is refused, since a random basis
-or a trellis does not split along its sides. Experts in a native checkpoint are refused too. Fixed steps of
-keys and values are not used, which the log says: vLLM caches them as ``--kv-cache-dtype`` asks.
+Written against vLLM 0.26 and 0.32. One process holds whole layers: tensor parallelism is refused, since a
+random basis or a trellis does not split along its sides. Experts: ``fewbit.serve.vllm_experts``. Fixed steps
+of keys and values are not used, which the log says: vLLM caches them as ``--kv-cache-dtype`` asks.
 
 The product is one operator that torch.compile does not look into; layers are found by a number.
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -30,7 +31,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from fewbit.errors import InputError
 from fewbit.io import native
 from fewbit.io.native import QUANT_METHOD, Entry
-from fewbit.serve.packed import Joined, PackedLinear, PlainLinear, stored_layout
+from fewbit.serve.packed import Joined, layer_of, stored_layout
+from fewbit.serve.vllm_experts import FewbitExperts
 
 LOG = logging.getLogger("fewbit.serve")
 _LAYERS: dict[int, Joined] = {}
@@ -96,10 +98,13 @@ class FewbitConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of a layer by its full name in vLLM's model; None: the layer's own."""
         below = [name for name in self.entries if name == prefix or name.startswith(f"{prefix}.")]
+        if isinstance(layer, RoutedExperts) and below:
+            return FewbitExperts(layer, prefix, {name: self.entries[name] for name in below})
         if not isinstance(layer, LinearBase):
             if below:
                 raise InputError(
-                    f"{prefix} is quantized, and fewbit's plugin serves linear layers only; dequantize it"
+                    f"{prefix} is quantized, and fewbit's plugin serves linear layers and experts only; "
+                    "dequantize it"
                 )
             return None
         parent, _, last = prefix.rpartition(".")
@@ -148,18 +153,8 @@ class FewbitLinear(LinearMethodBase):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """The layer that runs, where the parameters were."""
         device = next(p.device for p in layer.parameters())
-        made = []
-        for piece, entry, arrived, layout in zip(
-            self.pieces, self.entries, layer.fewbit_arrived, self.layouts, strict=True
-        ):
-            if set(arrived) != set(layout):
-                missing = ", ".join(sorted(set(layout) - set(arrived)))
-                raise InputError(f"the checkpoint has no tensor {missing} of {piece}; it is incomplete")
-            if entry is None:
-                dtype = layout["weight"][1]
-                made.append(PlainLinear(arrived["weight"].to(device, dtype)))
-            else:
-                made.append(PackedLinear(entry, arrived, device))
+        pieces = zip(self.pieces, self.entries, self.layouts, layer.fewbit_arrived, strict=True)
+        made = [layer_of(*piece, device) for piece in pieces]
         for name in {name for layout in self.layouts for name in layout}:
             delattr(layer, name)
         del layer.fewbit_arrived
