@@ -6,8 +6,9 @@ Two engines round differently, so where a model's two likeliest tokens are nearl
 from there on the continuations are different texts. A greedy comparison says something of an engine only
 where the model itself is decided. The float model alone chooses, before anything is quantized or served: from
 the first 24 tokens of paragraphs of the texts, and a few beginnings that count, list or quote, those whose
-greedy road of 24 tokens has the largest smallest gap between the two likeliest tokens, in nats. Roads that
-end the text, or have fewer than 8 tokens that differ (a loop is decided, too), are left out.
+greedy road of 24 tokens has the largest smallest gap between the two likeliest tokens, in nats: the four of
+all, and the four of the paragraphs that follow. Roads that end the text, or have fewer than 8 tokens that
+differ (a loop is decided, too), are left out.
 
 Writes benchmarks/results/serve_prompts.json, which serve_vllm.py reads, and .md.
 """
@@ -53,7 +54,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", nargs="+", required=True, help="files whose paragraphs begin")
     parser.add_argument("--model", default="smollm2", help="or a folder or file")
-    parser.add_argument("--candidates", type=int, default=1500)
+    parser.add_argument("--candidates", type=int, default=900)
     parser.add_argument("--keep", type=int, default=4)
     args = parser.parse_args()
     tokenizer = open_source(args.model).tokenizer()
@@ -62,14 +63,15 @@ def main():
     for ids in beginnings(tokenizer, args.texts, args.candidates):
         found += roads(model, tokenizer, ids)
     found.sort(key=lambda road: -road["gap"])
-    kept = found[: args.keep]
+    plain = [road for road in found[args.keep :] if not road["text"].startswith(tuple(WRITTEN))]
+    kept = found[: args.keep] + plain[: args.keep]
     counts = {"candidates": args.candidates + len(WRITTEN), "left": len(found), "prompts": kept}
     (ROOT / "results" / "serve_prompts.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
     (ROOT / "results" / "serve_prompts.md").write_text(page(args, counts), encoding="utf-8")
     print(page(args, counts))
 
 
-def beginnings(tokenizer, texts: list[str], number: int, batch: int = 20):
+def beginnings(tokenizer, texts: list[str], number: int, batch: int = 60):
     """Batches [n, tokens] of beginnings of one length each."""
     starts = []
     for text in texts:

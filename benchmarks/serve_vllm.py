@@ -9,7 +9,7 @@ Ours is transformers on what ``fewbit.load`` gives. Two comparisons:
 
 - greedy: both continue the same prompts for 24 tokens; those that agree are counted up to the first that
   differs. There our two likeliest tokens are a gap of nats apart, which says whether rounding alone explains
-  it. Four prompts are those of ``serve_prompts.py``, at which the float model is decided; three are not
+  it. Eight prompts are those of ``serve_prompts.py``, at which the float model is decided; three are not
   chosen.
 - teacher-forced: both read our continuation and say how likely each of its tokens is; mean and largest
   difference of the log-probabilities, nats. Beside it stands what rounding is worth: the same difference
@@ -41,14 +41,16 @@ ROOT = Path(__file__).parent
 SERVE = """
 import json, sys
 if __name__ == "__main__":
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams, __version__
     given = json.load(open(sys.argv[1]))
+    exec(given["mend"])
     llm = LLM(given["model"], dtype=given["dtype"], max_model_len=256, max_num_seqs=16, enforce_eager=True,
               enable_prefix_caching=False, **given["more"])
     def run(ids, **how):
         return llm.generate([{"prompt_token_ids": i} for i in ids], SamplingParams(temperature=0, **how))
     out = run(given["prompts"], max_tokens=given["tokens"], ignore_eos=True)
     found = [{"ids": list(o.outputs[0].token_ids), "text": o.outputs[0].text} for o in out]
+    found[0]["version"] = __version__
     print("FOUND" + json.dumps(found), flush=True)
     whole = [p + o for p, o in zip(given["prompts"], given["ours"])]
     for o, prompt, row in zip(run(whole, max_tokens=1, prompt_logprobs=1), given["prompts"], found):
@@ -77,6 +79,8 @@ def main():
     results = args.results or ROOT / "results" / f"serve_vllm{tail}.json"
     done = json.loads(results.read_text()) if results.exists() else {}
     wanted = [name for name in ROADS if name not in done and any(o in name for o in args.only)]
+    if args.device == "cuda":
+        wanted = [name for name in wanted if not ROADS[name].mend]
     args.keep.mkdir(parents=True, exist_ok=True)
     entry_point(args.keep)
     (args.keep / "serve.py").write_text(SERVE)
@@ -111,9 +115,9 @@ def travel(args, name: str) -> dict:
         if status:
             return failed(args, f"{name}: quantize", "not made", said)
         ours = json.loads(own.with_suffix(".json").read_text())
-        given = {key: ours[key] for key in ("model", "dtype", "prompts")} | {
-            "ours": [row["ids"] for row in ours["rows"]], "tokens": TOKENS, "more": {},
-        }  # fmt: skip
+        given = {key: ours[key] for key in ("model", "dtype", "prompts")} | {"tokens": TOKENS}
+        given |= {"ours": [row["ids"] for row in ours["rows"]], "more": {}}
+        given["mend"] = ROADS[name].mend if args.device == "cpu" else ""
         if args.device == "cuda":  # several engines share a GPU: a fixed cache, no look at what is free
             given["more"] = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 29}
         own.with_suffix(".given").write_text(json.dumps(given))
@@ -137,7 +141,12 @@ def run(words: list[str], args, seconds: int) -> tuple[int, str]:
     if args.device == "cuda":
         least |= {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_DEEP_GEMM": "0"}
     alone = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "VLLM_PLUGINS": "fewbit",
+    }
     env = least | alone | dict(os.environ) | quiet
     env["PYTHONPATH"] = os.pathsep.join(str(p.absolute()) for p in paths)
     child = subprocess.Popen(
@@ -164,6 +173,10 @@ def failed(args, what: str, why: str, said: str) -> dict:
 
 def in_transformers(ours: dict) -> dict:
     """What transformers makes of the file in a process without fewbit."""
+    if "transform_config" in (Path(ours["model"]) / "config.json").read_text():
+        return {
+            "transformers": "ignores transform_config; compressed-tensors itself: tests/io/test_matrix.py"
+        }
     from fewbit.errors import InputError
     from fewbit.stream.client import look
 
@@ -171,51 +184,62 @@ def in_transformers(ours: dict) -> dict:
         seen = look(Path(ours["model"]), ours["layout"])
     except InputError as error:
         return {"transformers": str(error)}
-    return {"transformers": seen.why if seen.difference is None else seen.difference}
+    if seen.difference is None:
+        return {"transformers": seen.why}
+    return {"transformers": f"loads it, logits differ by {seen.difference:.1g} of the largest"}
 
 
 def beside(ours: dict, theirs: list[dict]) -> dict:
     """The row: tokens that agree from the start and the gap at the first that does not, by prompt; how far
     log-probabilities are apart, and how far ours are in another dtype."""
     agree, gaps, apart, step, noise = [], [], [], [], []
-    for own, other, t in zip(ours["rows"], ours["noise"], theirs, strict=True):
+    for own, other, t in zip(ours["rows"], ours["noise"] or [[]] * len(theirs), theirs, strict=True):
         parts = [i for i, (a, b) in enumerate(zip(own["ids"], t["ids"], strict=True)) if a != b]
         agree.append(parts[0] if parts else len(own["ids"]))
         gaps.append(own["gaps"][parts[0]] if parts else None)
         apart += [abs(a - b) for a, b in zip(own["logp"], t.get("logp", []), strict=False)]
         step += [abs(a - b) for a, b in zip(own["logp"], own["step"], strict=True)]
-        noise += [abs(a - b) for a, b in zip(own["logp"], other, strict=True)]
+        noise += [abs(a - b) for a, b in zip(own["logp"], other, strict=False)]
     return {
         "dtype": ours["dtype"],
         "agree": agree,
         "gaps": gaps,
         "least": [min(own["gaps"]) for own in ours["rows"]],
-        "apart": [sum(apart) / len(apart), max(apart)] if apart else None,
-        "step": [sum(step) / len(step), max(step)],
-        "noise": [sum(noise) / len(noise), max(noise)],
+        "apart": mean_and_max(apart),
+        "step": mean_and_max(step),
+        "noise": mean_and_max(noise),
         "text": theirs[-len(PLAIN)]["text"],
+        "engine": theirs[0]["version"],
     }
+
+
+def mean_and_max(values: list[float]) -> list[float] | None:
+    """None of none."""
+    return [sum(values) / len(values), max(values)] if values else None
 
 
 def markdown(done: dict, args) -> str:
     """The table."""
     where = "a CPU" if args.device == "cpu" else "an H200"
+    engines = sorted({r["engine"] for r in done.values() if "engine" in r})
     lines = [
         f"Printed by `python benchmarks/serve_vllm.py --device {args.device}` (its first lines say how), "
-        f"vLLM on {where}.",
+        f"vLLM {', '.join(engines)} on {where}.",
         "",
-        f"| road | dtype | of {TOKENS} tokens agree: chosen prompts | others | gaps where they part, nats | "
-        "log-probabilities apart, mean and largest | ours token by token | ours in another dtype | after "
-        f"{PLAIN[0]!r} |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| road | dtype | of {TOKENS} tokens agree: most decided prompts | most decided paragraphs | "
+        "not chosen | gaps where they part, nats | log-probabilities apart, mean and largest | "
+        f"ours token by token | ours in another dtype | after {PLAIN[0]!r} |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in (n for n in ROADS if n in done):
         r = done[name]
         if "failed" in r:
             also = f"; transformers: {r['transformers']}" if "transformers" in r else ""
-            lines.append(f"| {name} | | refused | | | | | | {r['failed']}{also} |".replace("\n", " "))
+            lines.append(f"| {name} | | refused | | | | | | | {r['failed']}{also} |".replace("\n", " "))
             continue
-        agree = [", ".join(map(str, part)) for part in (r["agree"][: -len(PLAIN)], r["agree"][-len(PLAIN) :])]
+        half = (len(r["agree"]) - len(PLAIN)) // 2
+        parts = (r["agree"][:half], r["agree"][half : 2 * half], r["agree"][2 * half :])
+        agree = [", ".join(map(str, part)) for part in parts]
         gaps = ", ".join(f"{gap:.3f}" for gap in r["gaps"] if gap is not None)
         apart = " | ".join(
             "" if pair is None else f"{pair[0]:.1g}, {pair[1]:.1g}"
