@@ -45,8 +45,9 @@ def fit(fmt: Format, x: Tensor, importance: Tensor | None = None, parent: Tensor
     if fmt.scale is None and fmt.codebook is None:
         return Params(scale=None, zero=None)
     fmt.check(x.shape)
-    # the sum tells at a fifth of the price; a compiled graph cannot ask
-    if not torch.compiler.is_compiling() and not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
+    # the sum tells at a fifth of the price; a graph, compiled or captured, cannot ask
+    graph = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    if not graph and not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).sum())
         raise InputError(f"tensor of shape {list(x.shape)} holds {bad} NaN or Inf values; correct them")
     x = x if x.dtype == torch.float64 else x.float()
@@ -56,10 +57,8 @@ def fit(fmt: Format, x: Tensor, importance: Tensor | None = None, parent: Tensor
     blocks = fmt.block.split(parent if fmt.range.of_parent else x if mean is None else x - mean)
     if importance is not None:
         importance = importance_of(fmt, importance.to(x.dtype), x, blocks.shape[-1])
-    if blocks.shape[-1]:
-        lo, hi = fmt.range(blocks, fmt, importance)
-    else:  # an empty tensor with one step
-        lo = hi = blocks.new_zeros(blocks.shape[:-1])
+    none = [blocks.new_zeros(blocks.shape[:-1])] * 2  # an empty tensor with one step
+    lo, hi = fmt.range(blocks, fmt, importance) if blocks.shape[-1] else none
     scale = fmt.store(raw_step(fmt, lo, hi), x)
     zero = mean if fmt.zero is Zero.MEAN else offset(fmt, lo, nonzero(value_of(scale)), scale)
     zero = zero if fmt.offsets is None else fmt.offsets.quantize(zero)
