@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 import torch
-from qat_texts import LENGTH, START, TEST, VALID, hidden, say, states, texts, write
+from qat_texts import LENGTH, START, TEST, VALID, eager, hidden, say, states, texts, write
 
 import fewbit
 from fewbit.compare.worker import device_name
@@ -168,11 +168,6 @@ def train(model, taught, target, held, held_target, args: argparse.Namespace) ->
     }  # fmt: skip
 
 
-def eager(blocks: list) -> None:
-    for block in blocks:
-        block._compiled_call_impl = None
-
-
 def start(model, args: argparse.Namespace) -> None:
     """The codes of GPTQ, in the format that trains; kept in OUT for other runs of that format."""
     folder = args.out / f"start-{args.grid}{args.bits}-{args.group}"
@@ -202,6 +197,7 @@ def main() -> None:
         p.requires_grad_("layers." in name or name == "model.norm.weight")
     say(f"the float model reads {taught.numel():,} tokens")
     target, held_target = states(original, taught, args), states(original, held, args)
+    say("it has read them")
     protocol = Protocol(windows=1, window=64) if args.smoke else Protocol()
     test = windows(tokenizer, read_text(args.data / TEST), protocol)
     score = lambda m: fewbit.evaluate(m.eval(), test, protocol, against=original)  # noqa: E731

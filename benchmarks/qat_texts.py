@@ -73,9 +73,20 @@ def write(args: argparse.Namespace, model, taught: torch.Tensor) -> None:
 def states(model, tokens: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
     """Last hidden states of the float model, which its head reads: [w, l, d] bfloat16, on the device."""
     out = torch.empty(*tokens.shape, model.config.hidden_size, dtype=torch.bfloat16, device=args.device)
+    compiled = [] if args.eager or len(tokens) <= args.batch else list(model.model.layers)
+    for block in compiled:
+        block.compile(fullgraph=True)
     for i in range(0, len(tokens), args.batch):
+        i = max(0, min(i, len(tokens) - args.batch))  # the last rows again, for one shape alone
         out[i : i + args.batch] = hidden(model, tokens[i : i + args.batch], args)
+    eager(compiled)
     return out
+
+
+def eager(blocks: list) -> None:
+    """Without torch.compile from now on."""
+    for block in blocks:
+        block._compiled_call_impl = None
 
 
 def hidden(model, tokens: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
