@@ -1,6 +1,6 @@
-"""A CUDA graph can hold what an engine calls: it reads no value of a tensor, and brings nothing from the host.
+"""A CUDA graph can hold what an engine calls: it reads no value, and nothing comes from the host.
 
-Tensors without values (device meta) stand in for those of a GPU: to read one raises, and any other tensor came
+Tensors without values (device meta) stand in for those of a GPU: to read one raises, any other tensor came
 from the host.
 """
 

@@ -8,7 +8,8 @@ and computes by ``fewbit.serve.packed``: decode and multiply, whatever the forma
 
 Written against vLLM 0.26 and 0.32. One process holds whole layers: tensor parallelism is refused, since a
 random basis or a trellis does not split along its sides. Experts: ``fewbit.serve.vllm_experts``. Fixed steps
-of keys and values are not used, which the log says: vLLM caches them as ``--kv-cache-dtype`` asks.
+of keys and values in E4M3, one a layer, are vLLM's own affair once it knows that they are there; other ones
+it cannot use, which the log says.
 
 The product is one operator that torch.compile does not look into; layers are found by a number.
 """
@@ -23,18 +24,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
 from fewbit.errors import InputError
 from fewbit.io import native
 from fewbit.io.native import QUANT_METHOD, Entry
+from fewbit.nn.kvcache import kv_format
 from fewbit.serve.packed import Joined, layer_of, stored_layout
 from fewbit.serve.vllm_experts import FewbitExperts
 
 LOG = logging.getLogger("fewbit.serve")
+SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 _LAYERS: dict[int, Joined] = {}
 _NUMBERS = count()
 _PLACES = {"q": 0, "k": 1, "v": 2, None: 0}
@@ -57,10 +62,12 @@ class FewbitConfig(QuantizationConfig):
     def __init__(self, plain: Mapping[str, Any]):
         super().__init__()
         self.entries = native.entries_from_config(plain)
-        if plain.get("kv") is not None:
+        kv = native.kv_format(plain)
+        self.kv_cache_scheme = SCHEME if kv == kv_format("fp8-tensor") else None  # what vLLM looks for
+        if kv is not None and self.kv_cache_scheme is None:
             _say_once(
-                "the fixed steps of keys and values in this native checkpoint are not used, and vLLM caches "
-                "them as --kv-cache-dtype asks; fewbit export --to compressed-tensors writes what it uses"
+                "the fixed steps of keys and values in this native checkpoint are not used: vLLM knows those "
+                "of --kv fp8-tensor alone, and caches the others as --kv-cache-dtype asks"
             )
         if native.sites_from_config(plain):
             raise InputError(
@@ -98,6 +105,8 @@ class FewbitConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of a layer by its full name in vLLM's model; None: the layer's own."""
         below = [name for name in self.entries if name == prefix or name.startswith(f"{prefix}.")]
+        if isinstance(layer, Attention) and self.kv_cache_scheme is not None:
+            return BaseKVCacheMethod(self)
         if isinstance(layer, RoutedExperts) and below:
             return FewbitExperts(layer, prefix, {name: self.entries[name] for name in below})
         if not isinstance(layer, LinearBase):
@@ -158,6 +167,8 @@ class FewbitLinear(LinearMethodBase):
         for name in {name for layout in self.layouts for name in layout}:
             delattr(layer, name)
         del layer.fewbit_arrived
+        if self.pieces[0].endswith(".kv_b_proj"):  # latent attention asks where its weight is, not for it
+            layer.register_buffer("weight", torch.empty(0, device=device), persistent=False)
         layer.fewbit = Joined(made)
         layer.fewbit_number = next(_NUMBERS)
         _LAYERS[layer.fewbit_number] = layer.fewbit
