@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from serve_prompts import greedy
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import fewbit
 from fewbit.errors import InputError
@@ -37,7 +38,8 @@ OTHER = {"float16": "float32", "bfloat16": "float32", "float32": "float16"}
 @dataclass(frozen=True, kw_only=True)
 class Road:
     """A recipe by name ("tiles": FP8 in tiles of 64 x 64) and its settings; steps of keys and values; the
-    layout of an export; dtypes on a CPU and on a GPU; code that the engine's process runs first on a CPU."""
+    layout of an export; dtypes on a CPU and on a GPU; code that the engine's process runs first on a CPU.
+    cut: our keys and values are cut off to E4M3 and not rounded, as vLLM's operator on a CPU does."""
 
     recipe: str
     settings: dict = field(default_factory=dict)
@@ -46,6 +48,7 @@ class Road:
     cpu: str = "float16"
     cuda: str = "float16"
     mend: str = ""
+    cut: bool = False
 
 
 G64, ASYM = {"group_size": "64"}, {"symmetric": "false"}
@@ -71,6 +74,9 @@ ROADS = {
     "NVFP4": Road(recipe="gptq", settings={"format": "nvfp4", "input": "nvfp4"}, cuda="bfloat16"),
     "MXFP4A16": Road(recipe="gptq", settings={"format": "mxfp4"}, cuda="bfloat16"),
     "W4A16, keys and values in E4M3": Road(recipe="gptq", settings=G64, kv="fp8-tensor"),
+    "W4A16, keys and values in E4M3, ours cut off": Road(
+        recipe="gptq", settings=G64, kv="fp8-tensor", cut=True
+    ),
     "QuaRot W4A16, transform_config": Road(**TURNED),
     "QuaRot W4A16, transform_config, `cpu_linear` added to vLLM": Road(**TURNED, mend=CPU_LINEAR),
     "GPTQ layout, symmetric": Road(recipe="gptq", settings=G64, layout="gptq"),
@@ -112,7 +118,7 @@ def make(args, name: str) -> None:
     chosen = json.loads((ROOT / "results" / "serve_prompts.json").read_text())["prompts"]
     prompts = [road["ids"] for road in chosen] + [tokenizer(text).input_ids for text in PLAIN]
     method = json.loads((made / "config.json").read_text())["quantization_config"]["quant_method"]
-    cache = no_cache if method == "fewbit" else stored_cache
+    cache = no_cache if method == "fewbit" else cut_cache if road.cut else stored_cache
     rows = continued(opened(made, args.device, dtype), cache, prompts)
     ours = [row["ids"] for row in rows]
     try:
@@ -194,6 +200,32 @@ def stored_cache(model):
     cache = QuantizedCache(model.config, *found)
     steps = zip(found[1].key, found[1].value, strict=True)
     cache.layers = [Rounded(found[0], *pair) for pair in steps]
+    return cache
+
+
+class CutLayer(DynamicLayer):
+    """Keys and values as the largest E4M3 numbers, times the step, that are not larger in magnitude."""
+
+    def __init__(self, steps: tuple[torch.Tensor, torch.Tensor]):
+        super().__init__()
+        self.steps = steps
+
+    def update(self, key_states, value_states, *args, **keywords):
+        pairs = zip((key_states, value_states), self.steps, strict=True)
+        return super().update(*((cut(x.float() / s) * s).to(x.dtype) for x, s in pairs))
+
+
+def cut(x: torch.Tensor) -> torch.Tensor:
+    """x, float32, towards zero to E4M3."""
+    near = x.clamp(-448, 448).to(torch.float8_e4m3fn)
+    codes = near.view(torch.uint8) - (near.float().abs() > x.abs()).to(torch.uint8)
+    return codes.view(torch.float8_e4m3fn).float()
+
+
+def cut_cache(model):
+    """A cache of CutLayers by the model's own steps."""
+    found, cache = kept(model)[1], DynamicCache(config=model.config)
+    cache.layers = [CutLayer(pair) for pair in zip(found.key, found.value, strict=True)]
     return cache
 
 

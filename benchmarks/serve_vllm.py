@@ -80,7 +80,7 @@ def main():
     done = json.loads(results.read_text()) if results.exists() else {}
     wanted = [name for name in ROADS if name not in done and any(o in name for o in args.only)]
     if args.device == "cuda":
-        wanted = [name for name in wanted if not ROADS[name].mend]
+        wanted = [name for name in wanted if not ROADS[name].mend and not ROADS[name].cut]
     args.keep.mkdir(parents=True, exist_ok=True)
     entry_point(args.keep)
     (args.keep / "serve.py").write_text(SERVE)
