@@ -166,9 +166,9 @@ def failed(args, what: str, why: str, said: str) -> dict:
     if args.logs is not None:
         with args.logs.open("a", encoding="utf-8") as file:
             file.write(f"\n===== {what}\n{said[-6000:]}\n")
-    reasons = re.findall(r"\b(\w*(?:Error|Exception|Unsupported\w*): .+)", said)
-    reasons = [r for r in reasons if "Engine core initialization failed" not in r] or ["no reason given"]
-    return {"failed": why or reasons[-1][:300]}
+    found = re.findall(r"\b(\w*(?:Error|Exception): .+(?:\n.*\S.*)*)", said.replace("[rank0]:", ""))
+    found = [r for r in found if "Engine core initialization failed" not in r] or ["no reason given"]
+    return {"failed": why or " ".join(found[-1].split())[:400]}
 
 
 def in_transformers(ours: dict) -> dict:
