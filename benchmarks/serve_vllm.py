@@ -33,6 +33,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import torch
 from serve_prompts import TOKENS
 from serve_roads import PLAIN, ROADS, slug
 
@@ -113,7 +114,7 @@ def travel(args, name: str) -> dict:
         script = str(ROOT.absolute() / "serve_roads.py")
         status, said = run([sys.executable, script, name, *words], args, 2 * args.timeout)
         if status:
-            return failed(args, f"{name}: quantize", "not made", said)
+            return failed(args, f"{name}: quantize", said, "not made: ")
         ours = json.loads(own.with_suffix(".json").read_text())
         given = {key: ours[key] for key in ("model", "dtype", "prompts")} | {"tokens": TOKENS}
         given |= {"ours": [row["ids"] for row in ours["rows"]], "more": {}}
@@ -125,7 +126,8 @@ def travel(args, name: str) -> dict:
         status, said = run([args.vllm, "serve.py", f"{own}.given"], args, args.timeout)
         found = [line for line in said.splitlines() if line.startswith("FOUND")]
         if not found:
-            row = failed(args, f"{name}: serve", "took too long" if status == -9 else "", said)
+            late = f"took more than {args.timeout} s; " if status == -9 else ""
+            row = failed(args, f"{name}: serve", said, late)
             return row | (in_transformers(ours) if args.device == "cpu" else {})
         row = beside(ours, json.loads(found[-1].removeprefix("FOUND")))
         return row | {"seconds": [round(made - start), round(time.time() - made)]}
@@ -161,14 +163,14 @@ def run(words: list[str], args, seconds: int) -> tuple[int, str]:
         return -9, child.communicate()[0]
 
 
-def failed(args, what: str, why: str, said: str) -> dict:
+def failed(args, what: str, said: str, before: str) -> dict:
     """A row that says why."""
     if args.logs is not None:
         with args.logs.open("a", encoding="utf-8") as file:
             file.write(f"\n===== {what}\n{said[-6000:]}\n")
     found = re.findall(r"\b(\w*(?:Error|Exception): .+(?:\n.*\S.*)*)", said.replace("[rank0]:", ""))
     found = [r for r in found if "Engine core initialization failed" not in r] or ["no reason given"]
-    return {"failed": why or " ".join(found[-1].split())[:400]}
+    return {"failed": before + " ".join(found[-1].split())[:400]}
 
 
 def in_transformers(ours: dict) -> dict:
@@ -220,7 +222,9 @@ def mean_and_max(values: list[float]) -> list[float] | None:
 
 def markdown(done: dict, args) -> str:
     """The table."""
-    where = "a CPU" if args.device == "cpu" else "an H200"
+    where = "a CPU" if args.device == "cpu" else "a GPU"
+    if torch.cuda.is_available() and args.device == "cuda":
+        where = torch.cuda.get_device_name()
     engines = sorted({r["engine"] for r in done.values() if "engine" in r})
     lines = [
         f"Printed by `python benchmarks/serve_vllm.py --device {args.device}` (its first lines say how), "
