@@ -19,6 +19,8 @@ from fewbit.recipe import named
 
 LAYERS = "vllm.model_executor.layers"
 NAMES = {
+    "vllm.config": (),
+    "vllm.forward_context": (),
     f"{LAYERS}.attention": ("Attention",),
     f"{LAYERS}.fused_moe": ("FusedMoEMethodBase", "RoutedExperts"),
     f"{LAYERS}.linear": ("LinearBase", "LinearMethodBase", "UnquantizedLinearMethod"),
@@ -48,9 +50,13 @@ def plugin():
             for part in NAMES.get(name, ()):
                 setattr(module, part, type(part, (Module if part in MODULES else Method,), {}))
             patch.setitem(sys.modules, name, module)
+        config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
+        sys.modules["vllm.config"].get_current_vllm_config = lambda: config
+        context = SimpleNamespace(no_compile_layers=config.compilation_config.static_forward_context)
+        sys.modules["vllm.forward_context"].get_forward_context = lambda: context
         yield importlib.import_module("fewbit.serve.vllm")
-    for name in ("fewbit.serve.vllm", "fewbit.serve.vllm_experts"):
-        sys.modules.pop(name)
+    for name in ("vllm", "vllm_experts", "vllm_names"):
+        sys.modules.pop(f"fewbit.serve.{name}")
 
 
 def quantized(rows, columns, recipe="nf4", **settings):
@@ -93,6 +99,27 @@ def test_pieces_of_a_fused_layer_arrive_by_their_place_and_are_joined(plugin):
     x, bias = torch.randn(5, HIDDEN), torch.randn(128)
     want = F.linear(x, torch.cat([made["q"][2], made["k"][2], plain]), bias)
     torch.testing.assert_close(method.apply(layer, x, bias), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_graph_runs_the_layer_of_its_name_in_the_engine_that_runs(plugin):
+    torch.manual_seed(0)
+    layers, weights = [], []
+    for _ in range(2):  # two engines, whose layers have the same name
+        entry, stored, weight = quantized(64, HIDDEN)
+        layer = plugin.LinearBase()
+        method = configured(plugin, {"model.up_proj": entry}).get_quant_method(layer, "model.up_proj")
+        method.create_weights(layer, HIDDEN, [64], HIDDEN, 64, torch.float32)
+        for name, tensor in stored.items():
+            getattr(layer, name).weight_loader(getattr(layer, name), tensor)
+        method.process_weights_after_loading(layer)
+        layers.append(layer)
+        weights.append(weight)
+    graph = torch.compile(lambda x: method.apply(layers[0], x), fullgraph=True, backend="eager")
+    x = torch.randn(5, HIDDEN)
+    plugin.remember("model.up_proj", layers[0])
+    torch.testing.assert_close(graph(x), x @ weights[0].T, rtol=1e-5, atol=1e-5)
+    plugin.remember("model.up_proj", layers[1])
+    torch.testing.assert_close(graph(x), x @ weights[1].T, rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_split_over_processes_is_refused(plugin):

@@ -11,7 +11,7 @@ random basis or a trellis does not split along its sides. Experts: ``fewbit.serv
 of keys and values in E4M3, one a layer, are vLLM's own affair once it knows that they are there; other ones
 it cannot use, which the log says.
 
-The product is one operator that torch.compile does not look into; layers are found by a number.
+Compiled, the product is one operator that torch.compile does not look into (``fewbit.serve.vllm_names``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import cache, partial
-from itertools import count
 from typing import Any
 
 import torch
@@ -37,22 +36,21 @@ from fewbit.io.native import QUANT_METHOD, Entry
 from fewbit.nn.kvcache import kv_format
 from fewbit.serve.packed import Joined, layer_of, stored_layout
 from fewbit.serve.vllm_experts import FewbitExperts
+from fewbit.serve.vllm_names import find, remember
 
 LOG = logging.getLogger("fewbit.serve")
 SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
-_LAYERS: dict[int, Joined] = {}
-_NUMBERS = count()
 _PLACES = {"q": 0, "k": 1, "v": 2, None: 0}
 
 
 @torch.library.custom_op("fewbit::packed_linear", mutates_args=())
-def packed_linear(x: Tensor, number: int, out_features: int) -> Tensor:
-    """x [..., in] through the layer of that number -> [..., out_features]."""
-    return _LAYERS[number](x)
+def packed_linear(x: Tensor, name: str, out_features: int) -> Tensor:
+    """x [..., in] through the layer of that name -> [..., out_features]."""
+    return find(name).fewbit(x)
 
 
 @packed_linear.register_fake
-def _(x: Tensor, number: int, out_features: int) -> Tensor:
+def _(x: Tensor, name: str, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -149,6 +147,7 @@ class FewbitLinear(LinearMethodBase):
                 f"vLLM joins {len(output_partition_sizes)} layers where fewbit knows "
                 f"{', '.join(self.pieces)}; this architecture is not served from native checkpoints"
             )
+        layer.fewbit_name = remember(self.pieces[0], layer)
         layer.fewbit_arrived = [{} for _ in self.pieces]
         sizes = zip(self.entries, output_partition_sizes, strict=True)
         self.layouts = [stored_layout(entry, (rows, input_size), params_dtype) for entry, rows in sizes]
@@ -170,12 +169,13 @@ class FewbitLinear(LinearMethodBase):
         if self.pieces[0].endswith(".kv_b_proj"):  # latent attention asks where its weight is, not for it
             layer.register_buffer("weight", torch.empty(0, device=device), persistent=False)
         layer.fewbit = Joined(made)
-        layer.fewbit_number = next(_NUMBERS)
-        _LAYERS[layer.fewbit_number] = layer.fewbit
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] -> [..., out] in x's dtype."""
-        y = packed_linear(x, layer.fewbit_number, layer.fewbit.out_features)
+        if torch.compiler.is_compiling():
+            y = packed_linear(x, layer.fewbit_name, layer.fewbit.out_features)
+        else:
+            y = layer.fewbit(x)
         return y if bias is None else y + bias
 
 

@@ -10,9 +10,8 @@ vLLM's kernels for fused experts take one format for all of a layer. Here each m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
@@ -24,21 +23,20 @@ from fewbit.errors import InputError
 from fewbit.io.native import Entry
 from fewbit.serve.experts import PackedExpert, PackedExperts
 from fewbit.serve.packed import layer_of, stored_layout
+from fewbit.serve.vllm_names import find, remember
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 _PARTS = {"w1": 0, "w3": 1, "w2": 2}
-_EXPERTS: dict[int, PackedExperts] = {}
-_NUMBERS = count()
 
 
 @torch.library.custom_op("fewbit::packed_experts", mutates_args=())
-def packed_experts(x: Tensor, ids: Tensor, weights: Tensor, number: int) -> Tensor:
-    """x [T, h] through the experts of that number, by ids and weights [T, k] -> [T, h]."""
-    return _EXPERTS[number](x, ids, weights)
+def packed_experts(x: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
+    """x [T, h] through the experts of that name, by ids and weights [T, k] -> [T, h]."""
+    return find(name).fewbit(x, ids, weights)
 
 
 @packed_experts.register_fake
-def _(x: Tensor, ids: Tensor, weights: Tensor, number: int) -> Tensor:
+def _(x: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -48,13 +46,11 @@ class FewbitExperts(FusedMoEMethodBase):
     def __init__(self, layer: nn.Module, prefix: str, entries: Mapping[str, Entry]):
         super().__init__(layer.moe_config)
         names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
-        self.names = [
-            [f"{prefix}.{e}.{name}" for name in names] for e in range(layer.moe_config.num_logical_experts)
-        ]
+        count = layer.moe_config.num_logical_experts
+        self.names = [[f"{prefix}.{e}.{name}" for name in names] for e in range(count)]
         self.prefix, self.entries = prefix, entries
-        _check(
-            layer, prefix, {name: e for name, e in entries.items() if not any(name in n for n in self.names)}
-        )
+        known = {name for expert in self.names for name in expert}
+        _check(layer, prefix, [name for name in entries if name not in known])
 
     def create_weights(
         self,
@@ -83,6 +79,7 @@ class FewbitExperts(FusedMoEMethodBase):
             [stored_layout(self.entries.get(n), s, params_dtype) for n, s in zip(expert, shapes, strict=True)]
             for expert in self.names
         ]
+        layer.fewbit_name = remember(self.prefix, layer)
         layer.fewbit_arrived = [[{}, {}, {}] for _ in self.names]
         for expert in self.layouts:
             for layout, part in zip(expert, ("w13", "w13", "w2"), strict=True):
@@ -103,8 +100,6 @@ class FewbitExperts(FusedMoEMethodBase):
             delattr(layer, name)
         del layer.fewbit_arrived
         layer.fewbit = PackedExperts(experts)
-        layer.fewbit_number = next(_NUMBERS)
-        _EXPERTS[layer.fewbit_number] = layer.fewbit
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
         """Nothing that vLLM's kernels would need."""
@@ -122,14 +117,16 @@ class FewbitExperts(FusedMoEMethodBase):
         **more_shared: Any,
     ) -> Tensor:
         """x [T, h], weights and ids [T, k] -> [T, h]; shared experts are vLLM's own affair."""
-        return packed_experts(x, topk_ids, topk_weights, layer.fewbit_number)
+        if torch.compiler.is_compiling():
+            return packed_experts(x, topk_ids, topk_weights, layer.fewbit_name)
+        return layer.fewbit(x, topk_ids, topk_weights)
 
 
-def _check(layer: nn.Module, prefix: str, beyond: Mapping[str, Entry]) -> None:
+def _check(layer: nn.Module, prefix: str, beyond: Sequence[str]) -> None:
     """Refuse what computes otherwise than the formula of ``fewbit.serve.experts``."""
     if beyond:
         raise InputError(
-            f"{next(iter(beyond))} is quantized, and vLLM knows no such matrix of the experts {prefix}; this "
+            f"{beyond[0]} is quantized, and vLLM knows no such matrix of the experts {prefix}; this "
             "architecture is not served from native checkpoints"
         )
     activation = layer.activation.value
