@@ -251,6 +251,10 @@ def markdown(done: dict, args) -> str:
         )
         text = " ".join(r["text"].split())[:60].replace("|", "/")
         lines.append(f"| {name} | {r['dtype']} | {' | '.join(agree)} | {gaps} | {apart} | {text} |")
+    lines += [
+        "",
+        "[The prompts](serve_prompts.md). [What rounding is worth](serve_noise.md).",
+    ]
     return "\n".join(lines) + "\n"
 
 
