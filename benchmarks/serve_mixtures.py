@@ -47,9 +47,11 @@ def held(model):
     found = [m for n, m in model.named_modules() if type(m).__name__ == "PackedExperts"]
     return sum(b.nbytes for m in found for b in m.buffers())
 if __name__ == "__main__":
+    import torch
     from vllm import LLM, SamplingParams
+    shared = {"kv_cache_memory_bytes": 1 << 28} if torch.cuda.is_available() else {}  # with others on the GPU
     model, dtype, ids, tokens = json.loads(sys.argv[1])
-    llm = LLM(model, dtype=dtype, max_model_len=96, enforce_eager=True, gpu_memory_utilization=0.1)
+    llm = LLM(model, dtype=dtype, max_model_len=96, enforce_eager=True, gpu_memory_utilization=0.1, **shared)
     bytes_held = sum(llm.apply_model(held))
     prompts = [{"prompt_token_ids": i} for i in ids]
     out = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
