@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fewbit.errors import InputError
 from fewbit.nn.blocks import linears, set_weight, weight_of
 from fewbit.nn.linear import transform_input
-from fewbit.seams.diagonal import SAME, change, first
+from fewbit.seams.diagonal import SAME, change, first, tolerance
 from fewbit.seams.norms import absorb, form_of
 from fewbit.transform import Map
 
@@ -191,11 +191,6 @@ def check_map(q: Map, size: int, centred: bool) -> None:
     ones = torch.ones_like(x)
     if centred and change(ones, q.apply(ones)) > SAME:
         raise InputError(f"a LayerNorm subtracts the mean, which {q} moves; give Centred({q})")
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Relative change of an output that rounding explains."""
-    return max(SAME, 4 * torch.finfo(dtype).eps)
 
 
 @contextmanager

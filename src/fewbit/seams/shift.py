@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.nn.blocks import weight_of
-from fewbit.seams.diagonal import SAME, Seam
+from fewbit.seams.diagonal import Seam, tolerance
 from fewbit.seams.trial import changed_by, kept
 
 
@@ -28,7 +28,7 @@ def takes_shift(block: nn.Module, call: Callable[[], object], seam: Seam) -> boo
     if any(getattr(m, "bias", None) is None for m in modules):
         return False
     delta = torch.randn(len(producer.bias), generator=torch.Generator().manual_seed(0)).to(producer.bias)
-    return changed_by(call, lambda: fold_shift(block, seam, delta, None)) < SAME
+    return changed_by(call, lambda: fold_shift(block, seam, delta, None)) < tolerance(delta.dtype)
 
 
 @torch.no_grad()

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.nn.linear import transform_input
-from fewbit.seams.diagonal import change, first
-from fewbit.seams.residual import tolerance
+from fewbit.seams.diagonal import change, first, tolerance
 
 Fold = Callable[[], Callable[[], None]]
 
