@@ -236,6 +236,7 @@ def fold(block: nn.Module, seam: Seam, s: Tensor, stored: torch.dtype | None) ->
     return undo
 
 
+@torch.no_grad()
 def gain_shift(norm: nn.Module) -> float:
     """1 where the norm multiplies by 1 + weight (Gemma), else 0: what does it do with a weight of zero?"""
     old = norm.weight.detach().clone()
