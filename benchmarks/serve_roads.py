@@ -70,10 +70,10 @@ ROADS = {
     "FP8 dynamic": Road(recipe="fp8-dynamic"),
     "FP8 static": Road(recipe="w8a8", settings=FP8 | {"static": "true", "input": "tensor"}),
     "FP8 in tiles of 64 x 64": Road(recipe="tiles", cuda="bfloat16"),
-    "NVFP4A16": Road(recipe="gptq", settings={"format": "nvfp4"}),
+    "NVFP4A16": Road(recipe="gptq", settings={"format": "nvfp4"}, cuda="bfloat16"),
     "NVFP4": Road(recipe="gptq", settings={"format": "nvfp4", "input": "nvfp4"}, cuda="bfloat16"),
     "MXFP4A16": Road(recipe="gptq", settings={"format": "mxfp4"}, cuda="bfloat16"),
-    "W4A16, keys and values in E4M3": Road(recipe="gptq", settings=G64, kv="fp8-tensor"),
+    "W4A16, keys and values in E4M3": Road(recipe="gptq", settings=G64, kv="fp8-tensor", cuda="bfloat16"),
     "W4A16, keys and values in E4M3, ours cut off": Road(
         recipe="gptq", settings=G64, kv="fp8-tensor", cut=True
     ),
@@ -82,7 +82,9 @@ ROADS = {
     "GPTQ layout, symmetric": Road(recipe="gptq", settings=G64, layout="gptq"),
     "AWQ layout": Road(recipe="gptq", settings=G64 | ASYM, layout="awq"),
     "NF4, plugin": Road(recipe="nf4", cpu="float32"),
-    "NF4, stored steps of keys and values, plugin": Road(recipe="nf4", kv="fp8-tensor", cpu="float32"),
+    "NF4, stored steps of keys and values, plugin": Road(
+        recipe="nf4", kv="fp8-tensor", cpu="float32", cuda="bfloat16"
+    ),
     "HIGGS, 4 bit, plugin": Road(recipe="higgs", settings={"bits": "4"}, cpu="float32"),
     "QTIP, 4 bit, plugin": Road(recipe="qtip", settings={"bits": "4", "state_bits": "10"}, cpu="float32"),
     "QuaRot W4A16, plugin": Road(recipe="quarot", settings={"input_bits": "16"}, cpu="float32"),
