@@ -1,8 +1,8 @@
 """SmolLM2-135M trained at 2 or 3 bits against its float self, and what that wins over rounding alone.
 
     python benchmarks/qat_smollm2.py --data FOLDER --out OUT --device cuda --minutes 3 --sample
-    python benchmarks/qat_smollm2.py --data FOLDER --out OUT --device cuda --minutes 8 --bits 2 &
-    python benchmarks/qat_smollm2.py --data FOLDER --out OUT --device cuda --minutes 8 --bits 3 &
+    python benchmarks/qat_smollm2.py --data FOLDER --out OUT --device cuda --minutes 8 --bits 2
+    torchrun --nproc-per-node 2 benchmarks/qat_smollm2.py --data FOLDER --out OUT --device cuda --bits 3
     python benchmarks/qat_smollm2.py --data FOLDER --smoke [--eager]
 
 The linears of the blocks train with their rounding in the loop (weights, steps, zeros: `LearnedRange`; norm
@@ -11,7 +11,8 @@ vocabulary from the float model. Text: C4, Wikipedia, books, speeches and WikiTe
 rows of methods.py are calibrated on), and what the model writes itself: ``--sample`` goes on from beginnings
 in those texts for so many minutes; later runs find in OUT what every seed wrote. Windows of 512 tokens;
 the float model's last hidden states are computed once. Products in bfloat16, weights and optimizer float32.
-The rates are shares of each weight's root mean square and fall to 0 by a cosine of the time.
+The rates are shares of each weight's root mean square and fall to 0 by a cosine of the time. Under torchrun
+every process has a share of the windows, and torch's DDP takes the mean of gradients.
 
 Evaluation as in methods.py: 12 windows of 512 tokens of WikiText-2 raw test, against the float model, of the
 model that was trained and of the converted one, whose outputs must be the same bits. The last windows of the
@@ -29,7 +30,8 @@ import time
 from pathlib import Path
 
 import torch
-from qat_texts import LENGTH, START, TEST, VALID, eager, hidden, say, states, texts, write
+import torch.distributed as dist
+from qat_texts import LENGTH, RANK, START, TEST, VALID, WORLD, eager, hidden, say, states, texts, write
 
 import fewbit
 from fewbit.compare.worker import device_name
@@ -60,10 +62,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=2)
     parser.add_argument("--grid", help="'int': asymmetric integers; 'midrise': odd multiples of half a step")
     parser.add_argument("--group", type=int, default=64, help="weights that share a step; -1: a row")
-    parser.add_argument("--start", choices=("gptq", "nearest"), default="gptq")
+    parser.add_argument("--codes", dest="start", choices=("gptq", "nearest"), default="gptq", help="at first")
     parser.add_argument("--lr", type=float, help="of weights, as a share of their root mean square")
     parser.add_argument("--lr-steps", type=float, default=1e-3, help="of steps, likewise")
-    parser.add_argument("--batch", type=int, default=32, help="windows per update")
+    parser.add_argument("--batch", type=int, default=32, help="windows per update and process")
+    parser.add_argument("--more", type=Path, nargs="*", default=[], help="files of further text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--sample", action="store_true", help="write text for later runs; train nothing")
@@ -109,10 +112,19 @@ def train(model, taught, target, held, held_target, args: argparse.Namespace) ->
         block.compile(fullgraph=True)
     divergence = forward_kl if args.eager else torch.compile(forward_kl)
 
-    def loss_of(tokens, wanted):
-        with torch.autocast(args.device.split(":")[0], torch.bfloat16):
-            return kd_loss(hidden(model, tokens, args), wanted, head, chunk=4096, divergence=divergence)
+    class Loss(torch.nn.Module):
+        """What DDP wraps: the model, and the loss of some windows."""
 
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens, wanted):
+            with torch.autocast(args.device.split(":")[0], torch.bfloat16):
+                states = hidden(self.model, tokens, args)
+                return kd_loss(states, wanted, head, chunk=4096, divergence=divergence)
+
+    loss_of = Loss()
     held_loss = lambda: loss_of(held, held_target).item()  # with gradients: nothing is compiled anew  # noqa: E731
     model.train()
     optimizer = torch.optim.AdamW(
@@ -130,18 +142,21 @@ def train(model, taught, target, held, held_target, args: argparse.Namespace) ->
     optimizer.zero_grad()
     first_held = held_loss()
     say(f"{sum(p.numel() for p in trained):,} parameters, held-out KL {first_held:.4f}")
+    shared = torch.nn.parallel.DistributedDataParallel(loss_of) if WORLD > 1 else loss_of
     begun, budget = time.perf_counter(), 60 * args.minutes - (time.perf_counter() - START)
     generator = torch.Generator().manual_seed(args.seed)
     queue, step, seen = [], 0, []
     looked, asked = begun, begun
-    while (share := (time.perf_counter() - begun) / max(budget, 1.0)) < 1 and not (args.smoke and step == 3):
+    while (share := together((time.perf_counter() - begun) / max(budget, 1.0))) < 1:
+        if args.smoke and step == 3:
+            break
         if not queue:
             queue = list(torch.randperm(len(taught), generator=generator).split(args.batch))[::-1]
             queue = [rows for rows in queue if len(rows) == args.batch]
         rows = queue.pop()
         for group in optimizer.param_groups:
             group["lr"] = group["first"] * min(1.0, share / 0.03) * (0.5 + 0.5 * math.cos(math.pi * share))
-        loss = loss_of(taught[rows], target[rows.to(target.device)])
+        loss = shared(taught[rows], target[rows.to(target.device)])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -149,23 +164,31 @@ def train(model, taught, target, held, held_target, args: argparse.Namespace) ->
         seen.append(loss.detach())
         step += 1
         now = time.perf_counter()
-        if now - looked > 10 or args.smoke:
+        if RANK == 0 and (now - looked > 10 or args.smoke):
             recent = torch.stack(seen).mean().item()
-            rate = step * args.batch * taught.shape[1] / (time.perf_counter() - begun)
+            rate = step * WORLD * args.batch * taught.shape[1] / (time.perf_counter() - begun)
             say(f"step {step}, {100 * share:.0f} %, KL {recent:.4f}, {rate:,.0f} tokens/s")
             seen, looked = [], now
-        if now - asked > 60:
+        if RANK == 0 and now - asked > 60:
             say(f"held-out KL {held_loss():.4f}")
             asked = now
     seconds = time.perf_counter() - begun
     last_held = held_loss()
     eager(compiled)  # what follows has other shapes
     say(f"{step} steps in {seconds:.0f} s, held-out KL {first_held:.4f} -> {last_held:.4f}")
-    tokens = step * args.batch * taught.shape[1]
+    tokens = step * WORLD * args.batch * taught.shape[1]
     return {
-        "steps": step, "tokens": tokens, "texts": taught.numel(), "train_seconds": seconds,
+        "steps": step, "tokens": tokens, "texts": WORLD * taught.numel(), "train_seconds": seconds,
         "tokens_per_second": tokens / seconds, "held_kl_before": first_held, "held_kl": last_held,
     }  # fmt: skip
+
+
+def together(share: float) -> float:
+    """The first process's share of the time, in all of them."""
+    said = [share]
+    if WORLD > 1:
+        dist.broadcast_object_list(said, group=CLOCK)
+    return said[0]
 
 
 def start(model, args: argparse.Namespace) -> None:
@@ -185,14 +208,21 @@ def main() -> None:
         return page()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
+    if WORLD > 1 and args.device != "cpu":
+        torch.cuda.set_device(RANK)
     tokenizer = open_source(args.model).tokenizer()
     taught, held = texts(args, tokenizer)
+    taught = taught[: len(taught) // WORLD * WORLD][RANK::WORLD]
     original = fewbit.load(args.model, dtype=torch.float32).to(args.device).requires_grad_(False)
     if args.sample:
         return write(args, original, taught)
     model = prepare(copy.deepcopy(original), recipe(args), weight=LearnedRange())
     if args.start == "gptq":
-        start(model, args)
+        for turn in range(min(WORLD, 2)):  # the first process makes it, the others find it
+            if turn == min(RANK, 1):
+                start(model, args)
+            if WORLD > 1:
+                dist.barrier(group=CLOCK)
     for name, p in model.named_parameters():  # embedding and head stay as they are
         p.requires_grad_("layers." in name or name == "model.norm.weight")
     say(f"the float model reads {taught.numel():,} tokens")
@@ -206,6 +236,8 @@ def main() -> None:
     row = {"name": args.name, "bits": bits(model), "device": device_name(args.device)}
     row |= train(model, taught, target, held, held_target, args)
     del target
+    if RANK:
+        return
     trained = score(model)
     with torch.no_grad():
         want = model(input_ids=test[:1].to(args.device)).logits
@@ -253,4 +285,9 @@ def page() -> None:
 
 
 if __name__ == "__main__":
+    if WORLD > 1:
+        dist.init_process_group()
+        CLOCK = dist.new_group(backend="gloo")
     main()
+    if WORLD > 1:
+        dist.destroy_process_group()

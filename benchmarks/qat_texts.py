@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import os
 import time
 from pathlib import Path
 
@@ -18,10 +19,12 @@ VALID, TEST = "wikitext2_raw_valid.txt", "wikitext2_raw_test.txt"
 LENGTH, BEGINNING = 512, 192  # tokens of a window, and of what the model goes on from
 TEMPERATURES = 1.0, 1.2
 START = time.perf_counter()
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
 
 
 def say(line: str) -> None:
-    print(f"[{time.perf_counter() - START:6.1f} s] {line}", flush=True)
+    if RANK == 0:
+        print(f"[{time.perf_counter() - START:6.1f} s] {line}", flush=True)
 
 
 def read(path: Path) -> str:
@@ -40,7 +43,7 @@ def texts(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor, torch.Tens
     valid = cut(tokenizer, read(args.data / VALID))
     if args.smoke:
         return valid[:4, :32], valid[-args.batch :, :32]
-    parts = [cut(tokenizer, read(args.data / name)) for name in TEXTS]
+    parts = [cut(tokenizer, read(path)) for path in (*(args.data / name for name in TEXTS), *args.more)]
     taught = torch.cat([*parts, valid[: -args.batch]])
     own = [] if args.sample else sorted(args.out.glob("sampled-*.pt"))
     if own:
