@@ -65,6 +65,9 @@ def main():
     parser.add_argument("--only", nargs="*", default=[""], help="rows whose names hold one of these")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
+    names = [f"{name} {recipe}" for name in MODELS for recipe in RECIPES]
+    if not any(o in name for name in names for o in args.only):
+        parser.error(f"no row holds {' or '.join(args.only)}; there are {'; '.join(names)}")
     print("| model | recipe | tokens of 32 that agree, by prompt | experts in memory / file / float16, kB |")
     print("|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -73,6 +73,8 @@ def main():
     parser.add_argument("--logs", type=Path, help="a file for the last lines of what failed")
     parser.add_argument("--results", type=Path, help="a JSON file of rows")
     args = parser.parse_args()
+    if not any(o in name for name in ROADS for o in args.only):
+        parser.error(f"no road holds {' or '.join(args.only)}; there are {'; '.join(ROADS)}")
     args.timeout = args.timeout or (1200 if args.device == "cpu" else 150)
     args.keep = (args.keep or Path(tempfile.mkdtemp())).absolute()
     args.model = str(Path(args.model).absolute()) if Path(args.model).exists() else args.model

@@ -9,8 +9,8 @@ from fewbit.errors import InputError
 from fewbit.format import FP16, Format, Stats, Token, Zero
 from fewbit.grid import Int
 from fewbit.seams.attention import KeySeam, _layouts, find_keys, fold_keys, fold_keys_checked
-from fewbit.seams.diagonal import change, first
 from fewbit.seams.rotation import block_calls
+from fewbit.seams.trial import change, first
 from fewbit.transform import SmoothAttention
 
 IDS = tiny_ids()

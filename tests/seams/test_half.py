@@ -5,10 +5,10 @@ import torch
 from tiny import tiny, tiny_ids
 
 from fewbit.seams import find_seams, fold_checked
-from fewbit.seams.diagonal import change, first
 from fewbit.seams.order import find_orders, fold_order_checked
 from fewbit.seams.rotation import block_calls
 from fewbit.seams.shift import takes_shift
+from fewbit.seams.trial import change, first
 
 DTYPES = torch.float32, torch.bfloat16
 

@@ -6,9 +6,9 @@ from tiny import tiny, tiny_ids
 
 from fewbit.format import Stats
 from fewbit.format.named import progressive
-from fewbit.seams.diagonal import change, first
 from fewbit.seams.order import OrderSeam, find_orders, fold_order, fold_order_checked
 from fewbit.seams.rotation import block_calls
+from fewbit.seams.trial import change, first
 from fewbit.transform import Permute
 
 GATED = (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")

@@ -12,7 +12,7 @@ from fewbit.grid import by_name
 from fewbit.nn.blocks import find_blocks, is_transposed, linears, weight_of
 from fewbit.recipe import Recipe, Rule, autoround, from_yaml, omniquant
 from fewbit.seams import find_seams, fold
-from fewbit.seams.diagonal import change, first
+from fewbit.seams.trial import change, first
 from fewbit.solve.calls import Calls, Target, quantized_inputs, rounded
 from fewbit.solve.let import Maps
 from fewbit.solve.lwc import Lwc

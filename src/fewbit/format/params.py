@@ -57,8 +57,8 @@ def fit(fmt: Format, x: Tensor, importance: Tensor | None = None, parent: Tensor
     blocks = fmt.block.split(parent if fmt.range.of_parent else x if mean is None else x - mean)
     if importance is not None:
         importance = importance_of(fmt, importance.to(x.dtype), x, blocks.shape[-1])
-    none = [blocks.new_zeros(blocks.shape[:-1])] * 2  # an empty tensor with one step
-    lo, hi = fmt.range(blocks, fmt, importance) if blocks.shape[-1] else none
+    empty = not blocks.shape[-1]  # with one step all the same
+    lo, hi = blocks.new_zeros(2, *blocks.shape[:-1]) if empty else fmt.range(blocks, fmt, importance)
     scale = fmt.store(raw_step(fmt, lo, hi), x)
     zero = mean if fmt.zero is Zero.MEAN else offset(fmt, lo, nonzero(value_of(scale)), scale)
     zero = zero if fmt.offsets is None else fmt.offsets.quantize(zero)

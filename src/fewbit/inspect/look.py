@@ -28,8 +28,9 @@ from fewbit.inspect.tokens import Tokens
 from fewbit.io.skeleton import build_skeleton, dematerialize, materialize, parameter_map
 from fewbit.io.source import check_finite, open_source
 from fewbit.nn.blocks import find_blocks, linears, weight_of
-from fewbit.seams.diagonal import first, gain_shift, trace
+from fewbit.seams.diagonal import gain_shift, trace
 from fewbit.seams.residual import find_residual
+from fewbit.seams.trial import first
 from fewbit.stream.data import Calibration, sample_tokens
 from fewbit.stream.suspend import Flow, advance, wait
 from fewbit.stream.weights import forget, tensor

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.nn.blocks import linears, weight_of
-from fewbit.seams.diagonal import SAME, change, first, gain_shift, trace
-from fewbit.seams.trial import changed_by, checked, kept, powers_of_two, stirred
+from fewbit.seams.diagonal import gain_shift, trace
+from fewbit.seams.trial import SAME, change, changed_by, checked, first, kept, powers_of_two, stirred
 from fewbit.transform.chooser import Kind
 
 

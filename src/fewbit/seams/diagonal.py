@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -30,10 +31,10 @@ from torch import Tensor, nn
 
 from fewbit.nn.blocks import linears, weight_of
 from fewbit.nn.experts import Experts, in_experts, routers
+from fewbit.seams.trial import SAME, changed_by, checked, kept, tolerance
 from fewbit.transform.chooser import Kind
 
 NOTHING: Mapping[str, nn.Module] = MappingProxyType({})
-SAME = 1e-4  # relative change of a block's output that rounding explains
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,17 +144,8 @@ def _holds(block: nn.Module, call, seam: Seam) -> bool:
         s = s[seam.index.to(s.device)]
     # powers of 2 round nothing, but where the stored gain is one less than the one in use
     exact = seam.kind is not Kind.NORM or not gain_shift(block.get_submodule(seam.producer))
-    return _changed_by(block, call, seam, s) < (SAME if exact else tolerance(weight.dtype))
-
-
-@torch.no_grad()
-def _changed_by(block: nn.Module, call, seam: Seam, s: Tensor) -> float:
-    """Relative change of the block's output by a fold, which is undone."""
-    before = first(call())
-    undo = fold(block, seam, s, None)
-    after = first(call())
-    undo()
-    return change(before, after)
+    changed = changed_by(call, partial(fold, block, seam, s, None))
+    return changed < (SAME if exact else tolerance(weight.dtype))
 
 
 def fold_checked(block: nn.Module, call, seam: Seam, s: Tensor, stored: torch.dtype) -> str:
@@ -161,14 +153,8 @@ def fold_checked(block: nn.Module, call, seam: Seam, s: Tensor, stored: torch.dt
 
     The check is made without the rounding of gain and bias to ``stored``, which the fold then has.
     """
-    changed = _changed_by(block, call, seam, s)
-    computed = weight_of(block.get_submodule(seam.readers[0])).dtype  # ``s`` is float32 in any block
-    if not changed < tolerance(computed):
-        return (
-            f"the map at {seam.producer} was not folded: it changed the output of the block by {changed:.1e}"
-        )
-    fold(block, seam, s, stored)
-    return ""
+    trial, real = (partial(fold, block, seam, s, dtype) for dtype in (None, stored))
+    return checked(call, trial, real, f"the map at {seam.producer}")
 
 
 def _indices(block: nn.Module, rows: int, columns: int):
@@ -183,22 +169,6 @@ def _indices(block: nn.Module, rows: int, columns: int):
                 yield heads.expand(-1, columns // rows, -1).flatten()
 
 
-def first(output: object) -> Tensor:
-    """The hidden states in what a block returns."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Relative change of an output that rounding explains, where a block computes in ``dtype``."""
-    return max(SAME, 4 * torch.finfo(dtype).eps)
-
-
-def change(before: Tensor, after: Tensor) -> float:
-    """||after - before|| / ||before||; infinite where the norm is not finite."""
-    value = float((after - before).double().norm() / before.double().norm().clamp(min=1e-30))
-    return value if value == value else float("inf")
-
-
 @torch.no_grad()
 def fold(block: nn.Module, seam: Seam, s: Tensor, stored: torch.dtype | None) -> Callable[[], None]:
     """Divide the producer by ``s`` [in] and multiply the readers' columns; returns what undoes it exactly.
@@ -208,7 +178,7 @@ def fold(block: nn.Module, seam: Seam, s: Tensor, stored: torch.dtype | None) ->
     producer = block.get_submodule(seam.producer)
     parameters = [*producer.parameters(recurse=False)]
     parameters += [block.get_submodule(r).weight for r in seam.readers]
-    kept = [(p, p.detach().clone()) for p in parameters]
+    undo = kept(parameters)
     keep = (lambda v: v) if stored is None else (lambda v: v.to(stored).to(v.dtype))
     if seam.kind is Kind.NORM:
         shift = gain_shift(producer)
@@ -227,12 +197,6 @@ def fold(block: nn.Module, seam: Seam, s: Tensor, stored: torch.dtype | None) ->
         producer.bias.copy_(keep(producer.bias / rows))
     for reader in seam.readers:
         weight_of(block.get_submodule(reader)).mul_(s)
-
-    @torch.no_grad()
-    def undo() -> None:
-        for p, old in kept:
-            p.copy_(old)
-
     return undo
 
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from fewbit.errors import InputError
 from fewbit.nn.blocks import linears, set_weight, weight_of
 from fewbit.nn.linear import transform_input
-from fewbit.seams.diagonal import change, first, tolerance
 from fewbit.seams.residual import Residual, restored
+from fewbit.seams.trial import change, first, tolerance
 from fewbit.transform import Hadamard, Map
 
 _BASE = 32  # digits small enough for half precision

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.nn.blocks import linears, set_weight, weight_of
-from fewbit.seams.diagonal import SAME, trace
-from fewbit.seams.trial import changed_by, checked, kept, stirred
+from fewbit.seams.diagonal import trace
+from fewbit.seams.trial import SAME, changed_by, checked, kept, stirred
 from fewbit.transform.chooser import Kind
 
 

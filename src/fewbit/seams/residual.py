@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from fewbit.errors import InputError
 from fewbit.nn.blocks import linears, set_weight, weight_of
 from fewbit.nn.linear import transform_input
-from fewbit.seams.diagonal import SAME, change, first, tolerance
 from fewbit.seams.norms import absorb, form_of
+from fewbit.seams.trial import SAME, change, first, tolerance
 from fewbit.transform import Map
 
 REMEDY = "leave rotations out of the recipe for this model"

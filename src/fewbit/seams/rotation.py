@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from fewbit.errors import InputError
 from fewbit.nn.blocks import find_blocks, is_transposed, weight_of
 from fewbit.nn.linear import transform_input
-from fewbit.seams.diagonal import SAME, change
 from fewbit.seams.heads import find_values, fold_online, rotate_values_checked
 from fewbit.seams.norms import absorb, form_of
 from fewbit.seams.residual import REMEDY, Centred, check_map, find_residual, restored, rotate_checked
+from fewbit.seams.trial import SAME, change
 from fewbit.transform import Hadamard, Map
 
 _ROWS = 4096  # of an embedding, in float64 at a time

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.nn.blocks import weight_of
-from fewbit.seams.diagonal import Seam, tolerance
-from fewbit.seams.trial import changed_by, kept
+from fewbit.seams.diagonal import Seam
+from fewbit.seams.trial import changed_by, kept, tolerance
 
 
 def takes_shift(block: nn.Module, call: Callable[[], object], seam: Seam) -> bool:

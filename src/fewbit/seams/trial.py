@@ -11,9 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.nn.linear import transform_input
-from fewbit.seams.diagonal import change, first, tolerance
 
 Fold = Callable[[], Callable[[], None]]
+SAME = 1e-4  # relative change of a block's output that rounding explains
+
+
+def first(output: object) -> Tensor:
+    """The hidden states in what a block returns."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative change of an output that rounding explains, where a block computes in ``dtype``."""
+    return max(SAME, 4 * torch.finfo(dtype).eps)
+
+
+def change(before: Tensor, after: Tensor) -> float:
+    """||after - before|| / ||before||; infinite where the norm is not finite."""
+    value = float((after - before).double().norm() / before.double().norm().clamp(min=1e-30))
+    return value if value == value else float("inf")
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from fewbit.io import inputs
 from fewbit.io.skeleton import dematerialize, materialize
 from fewbit.io.source import check_finite
 from fewbit.nn.linear import change_input, transform_input
-from fewbit.seams.diagonal import first
+from fewbit.seams.trial import first
 from fewbit.solve.tune import Tuner
 from fewbit.stream.blocks import Blocks, set_weight
 from fewbit.stream.job import Job
