@@ -5,14 +5,15 @@
     torchrun --nproc-per-node 2 benchmarks/qat_smollm2.py --data FOLDER --out OUT --device cuda --bits 3
     python benchmarks/qat_smollm2.py --data FOLDER --smoke [--eager]
 
-The linears of the blocks train with their rounding in the loop (weights, steps, zeros: `LearnedRange`; norm
-gains as well; embedding and head stay as they are), from the codes of GPTQ, on the KL divergence of the whole
-vocabulary from the float model. Text: C4, Wikipedia, books, speeches and WikiText-2 validation (which the
-rows of methods.py are calibrated on), and what the model writes itself: ``--sample`` goes on from beginnings
-in those texts for so many minutes; later runs find in OUT what every seed wrote. Windows of 512 tokens;
-the float model's last hidden states are computed once. Products in bfloat16, weights and optimizer float32.
-The rates are shares of each weight's root mean square and fall to 0 by a cosine of the time. Under torchrun
-every process has a share of the windows, and torch's DDP takes the mean of gradients.
+The linears of the blocks train with their rounding in the loop (weights, steps, zeros: `LearnedRange`), norm
+gains as well, and with ``--head`` the embedding, which is the head; from the codes of GPTQ, on the KL
+divergence of the whole vocabulary from the float model. Text: C4, Wikipedia, books, speeches and WikiText-2
+validation (which the rows of methods.py are calibrated on), and what the model writes itself: ``--sample``
+goes on from beginnings in those texts, half of them in WikiText-2, for so many minutes; later runs find in
+OUT what every seed wrote. Windows of 512 tokens; the float model's last hidden states are computed once.
+Products in bfloat16, weights and optimizer float32. The rates are shares of each weight's root mean square
+and fall to 0 by a cosine of the time. Under torchrun every process has a share of the windows, and torch's
+DDP takes the mean of gradients.
 
 Evaluation as in methods.py: 12 windows of 512 tokens of WikiText-2 raw test, against the float model, of the
 model that was trained and of the converted one, whose outputs must be the same bits. The last windows of the
@@ -51,6 +52,10 @@ from fewbit.train import (
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "qat_smollm2"
+GRIDS = {
+    "int": "asymmetric integers", "midrise": "odd multiples of half a step",
+    "lloyd": "least squared error for normal weights",
+}  # fmt: skip
 
 
 def arguments() -> argparse.Namespace:
@@ -60,13 +65,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=8.0, help="set-up and training")
     parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=2)
-    parser.add_argument("--grid", help="'int': asymmetric integers; 'midrise': odd multiples of half a step")
+    parser.add_argument("--grid", choices=GRIDS, help=", ".join(f"{k}: {v}" for k, v in GRIDS.items()))
     parser.add_argument("--group", type=int, default=64, help="weights that share a step; -1: a row")
     parser.add_argument("--codes", dest="start", choices=("gptq", "nearest"), default="gptq", help="at first")
     parser.add_argument("--lr", type=float, help="of weights, as a share of their root mean square")
-    parser.add_argument("--lr-steps", type=float, default=1e-3, help="of steps, likewise")
+    parser.add_argument("--lr-steps", type=float, default=1e-3, help="of all others, likewise")
+    parser.add_argument("--head", action="store_true", help="train the embedding, which is the head, too")
     parser.add_argument("--batch", type=int, default=32, help="windows per update and process")
-    parser.add_argument("--more", type=Path, nargs="*", default=[], help="files of further text")
+    parser.add_argument(
+        "--more", type=Path, nargs="*", default=[], help="further texts, or windows of token ids (.npy)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--sample", action="store_true", help="write text for later runs; train nothing")
@@ -77,19 +85,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="a few steps on a CPU: does it run?")
     parser.add_argument("--page", action="store_true", help="print the kept rows, and train nothing")
     args = parser.parse_args()
-    args.grid = args.grid or ("midrise" if args.bits == 2 else "int")
+    if missing := [str(path) for path in args.more if not path.is_file()]:
+        parser.error(f"--more {' '.join(missing)}: there is no such file; give files of text")
+    args.grid = args.grid or {2: "midrise", 3: "lloyd", 4: "int"}[args.bits]
     args.lr = args.lr or {2: 5e-3, 3: 3e-3, 4: 1.5e-3}[args.bits]
     if args.smoke:
         args.batch, args.minutes, args.rows = 2, 5.0, 2
     size = "row" if args.group < 0 else f"g{args.group}"
-    args.name = args.name or f"{args.grid}{args.bits}-{size}-lr{args.lr:g}-{args.start}-{args.minutes:g}m"
+    parts = args.grid + str(args.bits), size, f"lr{args.lr:g}", "head" if args.head else "", args.start
+    args.name = args.name or "-".join(filter(None, (*parts, f"{args.minutes:g}m")))
     return args
 
 
 def recipe(args: argparse.Namespace) -> fewbit.Recipe:
     """GPTQ's, whose weight formats training takes over."""
-    grid = {"int": f"int{args.bits}", "midrise": f"midrise{args.bits}"}[args.grid]
-    return fewbit.recipes.gptq(grid=grid, group_size=args.group, symmetric=args.grid != "int", scale="fp16")
+    options = {"group_size": args.group, "symmetric": args.grid != "int", "scale": "fp16"}
+    return fewbit.recipes.gptq(grid=f"{args.grid}{args.bits}", **options)
 
 
 def groups(model, args: argparse.Namespace) -> list[dict]:
@@ -97,16 +108,20 @@ def groups(model, args: argparse.Namespace) -> list[dict]:
     rates: dict[float, list] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            fast = args.lr if name.endswith(".weight") and p.ndim > 1 else args.lr_steps
+            fast = args.lr if "_proj" in name and name.endswith(".weight") else args.lr_steps
             size = 1.0 if name.endswith("weight_zero") else float(p.detach().square().mean().sqrt())
             rate = fast * 2 ** (round(2 * math.log2(max(size, 1e-6))) / 2)
             rates.setdefault(rate, []).append(p)
     return [{"params": own, "lr": rate, "first": rate} for rate, own in rates.items()]
 
 
-def train(model, taught, target, held, held_target, args: argparse.Namespace) -> dict:
+def optimizer_of(model, args: argparse.Namespace) -> torch.optim.Optimizer:
+    fused = args.device != "cpu"
+    return torch.optim.AdamW(groups(model, args), betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+
+
+def train(model, teacher_head, taught, target, held, held_target, args: argparse.Namespace) -> dict:
     """Updates until the minutes are over; what the run was."""
-    head = model.lm_head
     compiled = [] if args.eager else list(model.model.layers)
     for block in compiled:
         block.compile(fullgraph=True)
@@ -121,15 +136,13 @@ def train(model, taught, target, held, held_target, args: argparse.Namespace) ->
 
         def forward(self, tokens, wanted):
             with torch.autocast(args.device.split(":")[0], torch.bfloat16):
-                states = hidden(self.model, tokens, args)
-                return kd_loss(states, wanted, head, chunk=4096, divergence=divergence)
+                states, head = hidden(self.model, tokens, args), self.model.lm_head
+                return kd_loss(states, wanted, head, teacher_head, chunk=4096, divergence=divergence)
 
     loss_of = Loss()
     held_loss = lambda: loss_of(held, held_target).item()  # with gradients: nothing is compiled anew  # noqa: E731
     model.train()
-    optimizer = torch.optim.AdamW(
-        groups(model, args), betas=(0.9, 0.95), weight_decay=0.0, fused=args.device != "cpu"
-    )
+    optimizer = optimizer_of(model, args)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         loss_of(taught[: args.batch], target[: args.batch]).backward()  # compiles
@@ -142,6 +155,7 @@ def train(model, taught, target, held, held_target, args: argparse.Namespace) ->
     optimizer.zero_grad()
     first_held = held_loss()
     say(f"{sum(p.numel() for p in trained):,} parameters, held-out KL {first_held:.4f}")
+    torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one: nothing to split
     shared = torch.nn.parallel.DistributedDataParallel(loss_of) if WORLD > 1 else loss_of
     begun, budget = time.perf_counter(), 60 * args.minutes - (time.perf_counter() - START)
     generator = torch.Generator().manual_seed(args.seed)
@@ -211,11 +225,11 @@ def main() -> None:
     if WORLD > 1 and args.device != "cpu":
         torch.cuda.set_device(RANK)
     tokenizer = open_source(args.model).tokenizer()
-    taught, held = texts(args, tokenizer)
-    taught = taught[: len(taught) // WORLD * WORLD][RANK::WORLD]
     original = fewbit.load(args.model, dtype=torch.float32).to(args.device).requires_grad_(False)
     if args.sample:
-        return write(args, original, taught)
+        return write(args, original, tokenizer)
+    taught, held = texts(args, tokenizer)
+    taught = taught[: len(taught) // WORLD * WORLD][RANK::WORLD]
     model = prepare(copy.deepcopy(original), recipe(args), weight=LearnedRange())
     if args.start == "gptq":
         for turn in range(min(WORLD, 2)):  # the first process makes it, the others find it
@@ -223,8 +237,8 @@ def main() -> None:
                 start(model, args)
             if WORLD > 1:
                 dist.barrier(group=CLOCK)
-    for name, p in model.named_parameters():  # embedding and head stay as they are
-        p.requires_grad_("layers." in name or name == "model.norm.weight")
+    for name, p in model.named_parameters():
+        p.requires_grad_(args.head or "layers." in name or name == "model.norm.weight")
     say(f"the float model reads {taught.numel():,} tokens")
     target, held_target = states(original, taught, args), states(original, held, args)
     say("it has read them")
@@ -234,10 +248,13 @@ def main() -> None:
     before = score(model)
     say(f"before training: KL {before.kl:.4f}, perplexity {before.perplexity:.2f}")
     row = {"name": args.name, "bits": bits(model), "device": device_name(args.device)}
-    row |= train(model, taught, target, held, held_target, args)
+    row |= train(model, original.lm_head, taught, target, held, held_target, args)
     del target
     if RANK:
         return
+    with torch.no_grad():  # what has no codes is stored in float16
+        for p in (p for name, p in model.named_parameters() if "_proj" not in name):
+            p.copy_(p.half())
     trained = score(model)
     with torch.no_grad():
         want = model(input_ids=test[:1].to(args.device)).logits
@@ -248,7 +265,7 @@ def main() -> None:
     row |= {"before": before.kl, "trained": trained.kl, "same_bits": equal, "settings": settings(args)}
     row |= {k: v for k, v in result.as_dict().items() if k in ("kl", "kl_error", "top1", "perplexity")}
     (args.out / f"{args.name}.json").write_text(json.dumps(row, indent=1) + "\n")
-    make_saveable(model).save_pretrained(args.out / args.name)
+    make_saveable(model.half()).save_pretrained(args.out / args.name)
     tokenizer.save_pretrained(args.out / args.name)
     say(f"{args.out / args.name}.json")
 
@@ -261,25 +278,29 @@ def bits(model) -> float:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    kept = ("minutes", "bits", "grid", "group", "start", "lr", "lr_steps", "batch", "seed", "own_only")
-    return {name: getattr(args, name) for name in kept}
+    kept = "minutes bits grid group start lr lr_steps head batch seed own_only"
+    return {name: getattr(args, name) for name in kept.split()} | {"more": [path.name for path in args.more]}
+
+
+COLUMNS = {
+    "row": "{name}", "bits / weight": "{bits:.3f}", "KL before": "{before:.3f}", "KL": "{kl:.4f}",
+    "±": "{kl_error:.4f}", "held out": "{held_kl:.4f}", "top-1": "{top1:.3f}",
+    "perplexity": "{perplexity:.2f}", "updates": "{steps}", "tokens": "{tokens:,}", "of": "{texts:,}",
+    "s": "{train_seconds:.0f}", "on": "{device}",
+}  # fmt: skip
 
 
 def page() -> None:
     rows = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
-    rows.sort(key=lambda r: (r["bits"], r["kl"]))
     lines = [
         "Printed by `python benchmarks/qat_smollm2.py --page` (its first lines say what wrote the rows).",
+        "Held out: KL on the end of WikiText-2 validation. Tokens: with repetitions; of: without.",
         "",
-        "| row | bits / weight | KL before | KL | ± | top-1 % | perplexity | updates | M tokens | min | on |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
-    ]  # fmt: skip
-    for r in rows:
-        lines.append(
-            f"| {r['name']} | {r['bits']:.3f} | {r['before']:.3f} | {r['kl']:.4f} | {r['kl_error']:.4f} | "
-            f"{100 * r['top1']:.1f} | {r['perplexity']:.2f} | {r['steps']} | {r['tokens'] / 1e6:.1f} | "
-            f"{r['train_seconds'] / 60:.1f} | {r['device']} |"
-        )
+        " | ".join(["", *COLUMNS, ""]).strip(),
+        "|---" + "|--:" * (len(COLUMNS) - 2) + "|---|",
+    ]
+    for row in sorted(rows, key=lambda r: (r["bits"], r["kl"])):
+        lines.append(" | ".join(["", *(form.format(**row) for form in COLUMNS.values()), ""]).strip())
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

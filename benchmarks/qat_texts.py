@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fewbit.io.text import Join, Text, join, read_text, token_ids
@@ -38,32 +39,44 @@ def cut(tokenizer, text: str) -> torch.Tensor:
     return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
 
 
-def texts(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows that teach, and windows that do not [w, l]."""
+def read_texts(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Windows [w, l] of all texts, of WikiText-2 validation, and those of it that teach nothing."""
     valid = cut(tokenizer, read(args.data / VALID))
     if args.smoke:
-        return valid[:4, :32], valid[-args.batch :, :32]
-    parts = [cut(tokenizer, read(path)) for path in (*(args.data / name for name in TEXTS), *args.more)]
-    taught = torch.cat([*parts, valid[: -args.batch]])
-    own = [] if args.sample else sorted(args.out.glob("sampled-*.pt"))
+        return valid[:2, :32], valid[2:4, :32], valid[-args.batch :, :32]
+    parts = [cut(tokenizer, read(args.data / name)) for name in TEXTS]
+    for path in args.more:
+        cut_before = path.suffix == ".npy"
+        parts.append(torch.from_numpy(np.load(path)).long() if cut_before else cut(tokenizer, read(path)))
+    return torch.cat(parts), valid[: -args.batch], valid[-args.batch :]
+
+
+def texts(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows that teach, what the model wrote among them, and windows that do not [w, l]."""
+    other, valid, held = read_texts(args, tokenizer)
+    taught = torch.cat([other, valid])
+    own = [] if args.smoke else sorted(args.out.glob("sampled-*.pt"))
     if own:
         written = torch.cat([torch.load(path).long() for path in own])
         say(f"{written.numel():,} tokens that the model wrote, {taught.numel():,} others")
         taught = written if args.own_only else torch.cat([taught, written])
-    return taught, valid[-args.batch :]
+    return taught, held
 
 
-def write(args: argparse.Namespace, model, taught: torch.Tensor) -> None:
-    """OUT/sampled-SEED.pt: what the model goes on to write from random places of the texts, every other
-    batch at a higher temperature: real text is less expected than a model's own.
+def write(args: argparse.Namespace, model, tokenizer) -> None:
+    """OUT/sampled-SEED.pt: what the model goes on to write from random places of the texts, half of it from
+    WikiText-2 validation; every other batch at a higher temperature: real text is less expected than a
+    model's own.
     """
+    sources = [windows.flatten() for windows in read_texts(args, tokenizer)[:2]]
+    length = 32 if args.smoke else LENGTH
     writer = copy.deepcopy(model).to(args.device, torch.bfloat16)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     places = torch.Generator().manual_seed(args.seed)
-    own, length, flat = [], taught.shape[1], taught.flatten()
-    begin = min(BEGINNING, length // 2)
+    own, begin = [], min(BEGINNING, length // 2)
     begun = time.perf_counter()
     while not own or (time.perf_counter() - START < 60 * args.minutes and not args.smoke):
+        flat = sources[len(own) // 2 % 2]
         first = torch.randint(len(flat) - begin, (args.rows, 1), generator=places)
         how = {"prompts": flat[first + torch.arange(begin)], "temperature": TEMPERATURES[len(own) % 2]}
         own.append(sample_text(writer, args.rows, length, generator=generator, **how).int().cpu())
