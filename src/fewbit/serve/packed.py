@@ -20,7 +20,7 @@ Shapes: x [..., in], y [..., out of all pieces].
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,14 @@ def stored_layout(entry: Entry | None, shape: tuple[int, int], dtype: torch.dtyp
         return {"weight": (shape, dtype)}
     weight = native.layout(entry.format, entry.shape, apart=entry.apart, ordered=entry.ordered)
     return weight | inputs.layout(entry.activation, entry.shape[1])
+
+
+def expect(layer: nn.Module, name: str, dtype: torch.dtype, loader: Callable[..., None]) -> None:
+    """An empty parameter of the layer, once; ``loader`` is what an engine calls with the tensor of a file."""
+    if not hasattr(layer, name):
+        parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        parameter.weight_loader = loader
+        layer.register_parameter(name, parameter)
 
 
 class PackedLinear(nn.Module):

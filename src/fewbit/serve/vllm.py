@@ -34,7 +34,7 @@ from fewbit.errors import InputError
 from fewbit.io import native
 from fewbit.io.native import QUANT_METHOD, Entry
 from fewbit.nn.kvcache import kv_format
-from fewbit.serve.packed import Joined, layer_of, stored_layout
+from fewbit.serve.packed import Joined, expect, layer_of, stored_layout
 from fewbit.serve.vllm_experts import FewbitExperts
 from fewbit.serve.vllm_names import find, remember
 
@@ -153,10 +153,7 @@ class FewbitLinear(LinearMethodBase):
         self.layouts = [stored_layout(entry, (rows, input_size), params_dtype) for entry, rows in sizes]
         for layout in self.layouts:
             for name, (_, dtype) in layout.items():
-                if not hasattr(layer, name):
-                    parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-                    parameter.weight_loader = partial(_keep, layer.fewbit_arrived, name)
-                    layer.register_parameter(name, parameter)
+                expect(layer, name, dtype, partial(_keep, layer.fewbit_arrived, name))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """The layer that runs, where the parameters were."""

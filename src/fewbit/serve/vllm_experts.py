@@ -22,7 +22,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from fewbit.errors import InputError
 from fewbit.io.native import Entry
 from fewbit.serve.experts import PackedExpert, PackedExperts
-from fewbit.serve.packed import layer_of, stored_layout
+from fewbit.serve.packed import expect, layer_of, stored_layout
 from fewbit.serve.vllm_names import find, remember
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -84,10 +84,7 @@ class FewbitExperts(FusedMoEMethodBase):
         for expert in self.layouts:
             for layout, part in zip(expert, ("w13", "w13", "w2"), strict=True):
                 for name, (_, dtype) in layout.items():
-                    if not hasattr(layer, f"{part}_{name}"):
-                        parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-                        parameter.weight_loader = partial(_keep, layer.fewbit_arrived, name)
-                        layer.register_parameter(f"{part}_{name}", parameter)
+                    expect(layer, f"{part}_{name}", dtype, partial(_keep, layer.fewbit_arrived, name))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """The experts that run, where the parameters were."""
