@@ -13,7 +13,7 @@ goes on from beginnings in those texts, half of them in WikiText-2, for so many 
 OUT what every seed wrote. Windows of 512 tokens; the float model's last hidden states are computed once.
 Products in bfloat16, weights and optimizer float32. The rates are shares of each weight's root mean square
 and fall to 0 by a cosine of the time. Under torchrun every process has a share of the windows, and torch's
-DDP takes the mean of gradients in bfloat16.
+DDP takes the mean of gradients, in bfloat16 on GPUs.
 
 Evaluation as in methods.py: 12 windows of 512 tokens of WikiText-2 raw test, against the float model, of the
 model that was trained and of the converted one, whose outputs must be the same bits. The last windows of the
@@ -158,7 +158,7 @@ def train(model, teacher_head, taught, target, held, held_target, args: argparse
     say(f"{sum(p.numel() for p in trained):,} parameters, held-out KL {first_held:.4f}")
     torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one: nothing to split
     shared = torch.nn.parallel.DistributedDataParallel(loss_of) if WORLD > 1 else loss_of
-    if WORLD > 1:
+    if WORLD > 1 and args.device != "cpu":  # torch has it for NCCL alone
         shared.register_comm_hook(None, bf16_compress_hook)
     begun, budget = time.perf_counter(), 60 * args.minutes - (time.perf_counter() - START)
     generator = torch.Generator().manual_seed(args.seed)
