@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from quantized import int_format
-from tiny import tiny, tiny_ids
+from tiny import save_tiny, tiny, tiny_ids
 from torch import nn
 
 import fewbit
@@ -278,3 +278,34 @@ def test_training_begins_at_what_another_method_found(fmt, tmp_path):
         start_from(prepare(tiny("llama"), recipe(NF4), weight=LearnedRange()), quantized)
     with pytest.raises(InputError, match="has no quantized layer"):
         start_from(prepare(tiny("llama"), recipe(fmt)), tiny("llama"))
+
+
+def test_training_begins_where_scales_were_folded(tmp_path):
+    """AWQ divides norm gains and rows of values by its scales; the model that trains gets those as well."""
+    plain = save_tiny("llama", tmp_path / "plain")
+    with torch.no_grad():  # inputs of unequal size, or there is nothing to fold
+        for block in plain.model.layers:
+            block.input_layernorm.weight.mul_(torch.logspace(-1, 1, plain.config.hidden_size))
+    plain.save_pretrained(tmp_path / "plain")
+    few = fewbit.Calibration(samples=8, seqlen=32)
+    scaled = awq(bits=4, group_size=32, range="minmax", points=5)
+    fewbit.quantize(tmp_path / "plain", scaled, output=tmp_path / "awq", calibration=few)
+    quantized = fewbit.load(tmp_path / "awq", dtype=torch.float32)
+    model = prepare(plain, Recipe(name="plain", rules=scaled.rules), weight=LearnedRange())
+    gains = model.model.layers[0].input_layernorm.weight
+    with torch.no_grad():
+        before = gains.clone()
+        start_from(model, quantized)
+        assert not torch.equal(gains, before)
+        assert torch.equal(model(**IDS).logits, quantized(**IDS).logits)
+
+
+def test_training_does_not_begin_behind_a_map(tmp_path):
+    """A checkpoint whose inputs are turned first is refused, with the model as it was."""
+    rules = Recipe(name="basis", rules=(Rule(weight=SYMMETRIC, basis=Incoherence()),))
+    quantized = convert(prepare(tiny("llama"), rules))
+    model = prepare(tiny("llama"), recipe(SYMMETRIC), weight=LearnedRange())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="behind a map of its input"):
+        start_from(model, quantized)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

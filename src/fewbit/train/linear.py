@@ -106,18 +106,22 @@ class FakeLinear(Stored, nn.Linear):
 
         Raises ``InputError`` where ``q`` has another grid, other blocks or another kind of zero.
         """
-        same = lambda f: (f.grid, f.block, f.zero)  # noqa: E731
-        if same(q.format) != same(self.format) or q.shape != self.weight.shape:
-            raise InputError(
-                f"a layer of {list(self.weight.shape)} that trains in {self.format} cannot start from "
-                f"{list(q.shape)} in {q.format}; quantize with the format that is trained"
-            )
+        self.check_start(q)
         value = q.dequantize()
         self.weight.copy_(value if self.basis is None else self.basis.leave(value))
         found = {"step": q.scale, "zero": q.zero}
         for name, p in self._learned("weight").items():
             if name in found:
                 p.copy_(value_of(found[name]))
+
+    def check_start(self, q: QTensor) -> None:
+        """``InputError`` where `start_from` would raise it."""
+        same = lambda f: (f.grid, f.block, f.zero)  # noqa: E731
+        if same(q.format) != same(self.format) or q.shape != self.weight.shape:
+            raise InputError(
+                f"a layer of {list(self.weight.shape)} that trains in {self.format} cannot start from "
+                f"{list(q.shape)} in {q.format}; quantize with the format that is trained"
+            )
 
     def _learned(self, side: str) -> dict[str, Tensor]:
         names = ("step", "zero", "alpha")

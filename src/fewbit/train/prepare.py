@@ -105,8 +105,9 @@ def start_from(model: nn.Module, quantized: nn.Module) -> nn.Module:
     """``model``, prepared, beginning at the weights and steps that another method found in ``quantized``.
 
     quantized: the same model with `QLinear` layers, as ``fewbit.load`` gives a checkpoint: of GPTQ, say,
-    whose codes are a better start than the nearest ones. Raises ``InputError`` for layers that are not
-    quantized there, or in another format.
+    whose codes are a better start than the nearest ones. Biases, norms and all else that both have come
+    along, for AWQ and SmoothQuant fold their scales there. Raises ``InputError``, with the model as it was,
+    for layers that are not quantized there, or in another format, or behind a map that ``model`` lacks.
     """
     pairs = []
     for name, layer in model.named_modules():
@@ -117,11 +118,22 @@ def start_from(model: nn.Module, quantized: nn.Module) -> nn.Module:
                 found = None
             if not isinstance(found, QLinear) or isinstance(found.qweight, SplitTensor):
                 raise InputError(f"{name} is trained and has no quantized layer to start from; quantize it")
+            if layer.basis is None and (found.online is not None or found.output is not None):
+                raise InputError(
+                    f"{name} was quantized behind a map of its input or output, which the model that trains "
+                    "lacks; start from a checkpoint without rotations, or train with the recipe's basis"
+                )
+            layer.check_start(found.qweight)
             pairs.append((layer, found))
     if not pairs:
         raise InputError(f"{type(model).__name__} has no fake-quantized layers; call prepare first")
     for layer, found in pairs:
         layer.start_from(found.qweight)
+    rest = dict(quantized.named_parameters())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in rest and rest[name].shape == p.shape:
+                p.copy_(rest[name])
     return model
 
 
