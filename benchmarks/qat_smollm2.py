@@ -1,19 +1,21 @@
 """SmolLM2-135M trained at 2 or 3 bits against its float self, and what that wins over rounding alone.
 
-    python benchmarks/qat_smollm2.py --data FOLDER --out OUT --device cuda --minutes 3 --sample
     python benchmarks/qat_smollm2.py --data FOLDER --out OUT --device cuda --minutes 8 --bits 2
-    torchrun --nproc-per-node 2 benchmarks/qat_smollm2.py --data FOLDER --out OUT --device cuda --bits 3
+    torchrun --nproc-per-node 2 benchmarks/qat_smollm2.py --data FOLDER --out OUT --device cuda \\
+        --bits 3 --group -1 --codes awq --head --batch 64 --more WIKIPEDIA.npy
+    python benchmarks/qat_smollm2.py --data FOLDER --out OUT --device cuda --minutes 3 --sample
     python benchmarks/qat_smollm2.py --data FOLDER --smoke [--eager]
 
 The linears of the blocks train with their rounding in the loop (weights, steps, zeros: `LearnedRange`), norm
-gains as well, and with ``--head`` the embedding, which is the head; from the codes of GPTQ, on the KL
-divergence of the whole vocabulary from the float model. Text: C4, Wikipedia, books, speeches and WikiText-2
-validation (which the rows of methods.py are calibrated on), and what the model writes itself: ``--sample``
-goes on from beginnings in those texts, half of them in WikiText-2, for so many minutes; later runs find in
-OUT what every seed wrote. Windows of 512 tokens; the float model's last hidden states are computed once.
-Products in bfloat16, weights and optimizer float32. The rates are shares of each weight's root mean square
-and fall to 0 by a cosine of the time. Under torchrun every process has a share of the windows, and torch's
-DDP takes the mean of gradients, in bfloat16 on GPUs.
+gains as well, and with ``--head`` the embedding, which is the head, on the KL divergence of the whole
+vocabulary from the float model. They begin at the codes of GPTQ, with ``--codes awq`` on columns that AWQ has
+scaled. Text: C4, Wikipedia, books, speeches and WikiText-2 validation (which the rows of methods.py are
+calibrated on); ``--more``: windows of wikipedia_windows.py, or files of text; and what the model writes
+itself: ``--sample`` goes on from beginnings in those texts, half of them in WikiText-2, for so many minutes,
+and later runs find in OUT what every seed wrote. Windows of 512 tokens; the float model's last hidden states
+are computed once. Products in bfloat16, weights and optimizer float32. The rates are shares of each weight's
+root mean square and fall to 0 by a cosine of the time. Under torchrun every process has a share of the
+windows, and torch's DDP takes the mean of gradients, in bfloat16 on GPUs.
 
 Evaluation as in methods.py: 12 windows of 512 tokens of WikiText-2 raw test, against the float model, of the
 model that was trained and of the converted one, whose outputs must be the same bits. The last windows of the
@@ -28,6 +30,7 @@ import copy
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -68,7 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=2)
     parser.add_argument("--grid", choices=GRIDS, help=", ".join(f"{k}: {v}" for k, v in GRIDS.items()))
     parser.add_argument("--group", type=int, default=64, help="weights that share a step; -1: a row")
-    parser.add_argument("--codes", dest="start", choices=("gptq", "nearest"), default="gptq", help="at first")
+    parser.add_argument("--codes", dest="start", choices=("awq", "gptq", "nearest"), default="gptq")
     parser.add_argument("--lr", type=float, help="of weights, as a share of their root mean square")
     parser.add_argument("--lr-steps", type=float, default=1e-3, help="of all others, likewise")
     parser.add_argument("--head", action="store_true", help="train the embedding, which is the head, too")
@@ -99,9 +102,12 @@ def arguments() -> argparse.Namespace:
 
 
 def recipe(args: argparse.Namespace) -> fewbit.Recipe:
-    """GPTQ's, whose weight formats training takes over."""
+    """GPTQ's, on columns that AWQ has scaled or not. Training takes over the weight formats."""
     options = {"group_size": args.group, "symmetric": args.grid != "int", "scale": "fp16"}
-    return fewbit.recipes.gptq(grid=f"{args.grid}{args.bits}", **options)
+    options["grid"] = f"{args.grid}{args.bits}"
+    if args.start == "awq":
+        return fewbit.recipes.awq(solver="gptq", duo=True, points=14, **options)
+    return fewbit.recipes.gptq(**options)
 
 
 def groups(model, args: argparse.Namespace) -> list[dict]:
@@ -209,13 +215,13 @@ def together(share: float) -> float:
 
 
 def start(model, args: argparse.Namespace) -> None:
-    """The codes of GPTQ, in the format that trains; kept in OUT for other runs of that format."""
-    folder = args.out / f"start-{args.grid}{args.bits}-{args.group}"
+    """Codes of another method, in the format that trains; kept in OUT for other runs of that format."""
+    folder = args.out / f"start-{args.start}-{args.grid}{args.bits}-{args.group}"
     if not folder.exists():
         calibration = fewbit.Calibration(source=args.data / VALID, samples=128, seqlen=LENGTH)
         how = {"calibration": calibration, "device": args.device, "read_back": False}
         fewbit.quantize(args.model, recipe(args), output=folder, **how)
-        say("GPTQ is done")
+        say(f"{args.start} is done")
     start_from(model, fewbit.load(folder, device=args.device, dtype=torch.float32))
 
 
@@ -233,8 +239,9 @@ def main() -> None:
         return write(args, original, tokenizer)
     taught, held = texts(args, tokenizer)
     taught = taught[: len(taught) // WORLD * WORLD][RANK::WORLD]
-    model = prepare(copy.deepcopy(original), recipe(args), weight=LearnedRange())
-    if args.start == "gptq":
+    rules = replace(recipe(args), transforms=())
+    model = prepare(copy.deepcopy(original), rules, weight=LearnedRange())
+    if args.start != "nearest":
         for turn in range(min(WORLD, 2)):  # the first process makes it, the others find it
             if turn == min(RANK, 1):
                 start(model, args)
