@@ -39,6 +39,13 @@ def cut(tokenizer, text: str) -> torch.Tensor:
     return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
 
 
+def windows_of(path: Path) -> torch.Tensor:
+    found = np.load(path)
+    if found.ndim != 2 or found.shape[1] != LENGTH or found.dtype.kind not in "ui":
+        raise SystemExit(f"{path} holds {found.dtype} {list(found.shape)}, not windows of {LENGTH} token ids")
+    return torch.from_numpy(found.astype(np.int64))
+
+
 def read_texts(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Windows [w, l] of all texts, of WikiText-2 validation, and those of it that teach nothing."""
     valid = cut(tokenizer, read(args.data / VALID))
@@ -46,8 +53,7 @@ def read_texts(args: argparse.Namespace, tokenizer) -> tuple[torch.Tensor, torch
         return valid[:2, :32], valid[2:4, :32], valid[-args.batch :, :32]
     parts = [cut(tokenizer, read(args.data / name)) for name in TEXTS]
     for path in args.more:
-        cut_before = path.suffix == ".npy"
-        parts.append(torch.from_numpy(np.load(path)).long() if cut_before else cut(tokenizer, read(path)))
+        parts.append(windows_of(path) if path.suffix == ".npy" else cut(tokenizer, read(path)))
     return torch.cat(parts), valid[: -args.batch], valid[-args.batch :]
 
 

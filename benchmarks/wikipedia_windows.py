@@ -153,6 +153,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent.parent / "shared" / "data")
     parser.add_argument("--every", type=int, default=1, help="of so many articles, one")
     args = parser.parse_args()
+    if subprocess.run(
+        ["git", "-C", args.clone, "cat-file", "-e", "HEAD:Page"], capture_output=True
+    ).returncode:
+        parser.error(
+            f"{args.clone} is no clone with articles under Page; the first lines of this file name it"
+        )
+    if args.out.suffix != ".npy":
+        parser.error(f"{args.out}: windows are written as NumPy writes them; give a name that ends in .npy")
     chosen = (page for i, page in enumerate(pages(args.clone)) if i % args.every == 0)
     counts: dict[str, int] = {}
     parts = []
@@ -166,7 +174,9 @@ def main() -> None:
                 say(f"{counts}, {sum(map(len, parts)):,} tokens")
     flat = np.concatenate(parts)
     windows = flat[: len(flat) // LENGTH * LENGTH].reshape(-1, LENGTH)
-    np.save(args.out, windows)
+    partial = args.out.with_suffix(".partial.npy")
+    np.save(partial, windows)
+    partial.rename(args.out)
     say(f"{counts}; {windows.size:,} tokens in {args.out}")
 
 

@@ -300,12 +300,35 @@ def test_training_begins_where_scales_were_folded(tmp_path):
         assert torch.equal(model(**IDS).logits, quantized(**IDS).logits)
 
 
-def test_training_does_not_begin_behind_a_map(tmp_path):
-    """A checkpoint whose inputs are turned first is refused, with the model as it was."""
-    rules = Recipe(name="basis", rules=(Rule(weight=SYMMETRIC, basis=Incoherence()),))
-    quantized = convert(prepare(tiny("llama"), rules))
+def test_training_begins_in_the_basis_of_the_checkpoint_and_in_no_other(tmp_path):
+    """Other maps, none on either side among them, are refused, with the model as it was."""
+    rules = [recipe(SYMMETRIC)] + [
+        Recipe(name="basis", rules=(Rule(weight=SYMMETRIC, basis=Incoherence(seed=seed)),)) for seed in (0, 1)
+    ]
+    for theirs in rules:
+        quantized = convert(prepare(tiny("llama"), theirs))
+        for ours in rules:
+            model = prepare(tiny("llama"), ours, weight=LearnedRange())
+            before = copy.deepcopy(model.state_dict())
+            if ours is theirs:
+                start_from(model, quantized)
+                with torch.no_grad():
+                    want, got = quantized(**IDS).logits, model(**IDS).logits
+                assert torch.allclose(got, want, rtol=0, atol=0.05 * want.std().item())
+            else:
+                with pytest.raises(InputError, match="behind other maps"):
+                    start_from(model, quantized)
+                assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_training_does_not_begin_where_the_head_has_parted():
+    """A rotation gives a tied model a head of its own, which the model that trains has no place for."""
+    quantized = convert(prepare(tiny("llama"), recipe(SYMMETRIC)))
+    quantized.lm_head.weight = nn.Parameter(quantized.lm_head.weight.clone())
+    quantized.model.embed_tokens.weight = nn.Parameter(quantized.model.embed_tokens.weight.clone())
     model = prepare(tiny("llama"), recipe(SYMMETRIC), weight=LearnedRange())
+    model.lm_head.weight = model.model.embed_tokens.weight
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(InputError, match="behind a map of its input"):
+    with pytest.raises(InputError, match=r"has lm_head\.weight"):
         start_from(model, quantized)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

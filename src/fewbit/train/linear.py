@@ -26,6 +26,7 @@ from fewbit.errors import InputError
 from fewbit.format import Format, Params, QTensor, value_of
 from fewbit.format.activation import Activation
 from fewbit.nn import QLinear
+from fewbit.nn.linear import Online
 from fewbit.nn.stored import Stored
 from fewbit.train.fake import FakeQuant, Straight, fake
 from fewbit.transform.incoherence import Incoherence
@@ -174,21 +175,21 @@ class FakeLinear(Stored, nn.Linear):
     @torch.no_grad()
     def to_quantized(self) -> QLinear:
         """The layer on codes that computes what this one does; it shares the bias."""
-        w, basis, params = self._weight(), self.basis, None
+        w, params = self._weight(), None
         q = self.format.encode(w, self.quant.params(w, self.format, self._learned("weight")))
         if self.given_scale is not None:
             params = Params(scale=self.given_scale, zero=self.given_zero)
         elif learned := self._learned("input"):
             like = w.new_ones(1, self.in_features)
             params = self.input_quant.params(like, self.activation.format, learned)
-        return QLinear(
-            q,
-            self.bias,
-            activation=self.activation,
-            params=params,
-            online=None if basis is None else basis.input_map(self.in_features),
-            output=None if basis is None else basis.output_map(self.out_features),
-        )
+        online, output = self.maps()
+        return QLinear(q, self.bias, activation=self.activation, params=params, online=online, output=output)
+
+    def maps(self) -> tuple[Online | None, Online | None]:
+        """Of the input and of the output, as the converted layer has them."""
+        if self.basis is None:
+            return None, None
+        return self.basis.input_map(self.in_features), self.basis.output_map(self.out_features)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), str(self.format), f"by {self.quant}"]

@@ -107,7 +107,8 @@ def start_from(model: nn.Module, quantized: nn.Module) -> nn.Module:
     quantized: the same model with `QLinear` layers, as ``fewbit.load`` gives a checkpoint: of GPTQ, say,
     whose codes are a better start than the nearest ones. Biases, norms and all else that both have come
     along, for AWQ and SmoothQuant fold their scales there. Raises ``InputError``, with the model as it was,
-    for layers that are not quantized there, or in another format, or behind a map that ``model`` lacks.
+    for layers that are not quantized there, or in another format, or behind other maps than those of
+    ``model``, and for a checkpoint with parameters that ``model`` lacks.
     """
     pairs = []
     for name, layer in model.named_modules():
@@ -118,22 +119,27 @@ def start_from(model: nn.Module, quantized: nn.Module) -> nn.Module:
                 found = None
             if not isinstance(found, QLinear) or isinstance(found.qweight, SplitTensor):
                 raise InputError(f"{name} is trained and has no quantized layer to start from; quantize it")
-            if layer.basis is None and (found.online is not None or found.output is not None):
+            if layer.maps() != (found.online, found.output):
                 raise InputError(
-                    f"{name} was quantized behind a map of its input or output, which the model that trains "
-                    "lacks; start from a checkpoint without rotations, or train with the recipe's basis"
+                    f"{name} was quantized behind other maps of its input and output than the model trains "
+                    "with; start from a checkpoint without rotations, or train with the basis of its recipe"
                 )
             layer.check_start(found.qweight)
             pairs.append((layer, found))
     if not pairs:
         raise InputError(f"{type(model).__name__} has no fake-quantized layers; call prepare first")
+    own, rest = dict(model.named_parameters()), dict(quantized.named_parameters())
+    for name, p in rest.items():
+        if name not in own or own[name].shape != p.shape:
+            raise InputError(
+                f"the quantized model has {name} {list(p.shape)} and the model that trains has not, as where "
+                "a rotation has parted the head from the embedding; start from a checkpoint without it"
+            )
     for layer, found in pairs:
         layer.start_from(found.qweight)
-    rest = dict(quantized.named_parameters())
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name in rest and rest[name].shape == p.shape:
-                p.copy_(rest[name])
+        for name, p in rest.items():
+            own[name].copy_(p)
     return model
 
 
