@@ -176,10 +176,10 @@ def train(model, teacher_head, taught, target, held, held_target, args: argparse
         if not queue:
             queue = list(torch.randperm(len(taught), generator=generator).split(args.batch))[::-1]
             queue = [rows for rows in queue if len(rows) == args.batch]
-        rows = queue.pop()
+        rows = queue.pop().to(target.device)
         for group in optimizer.param_groups:
             group["lr"] = group["first"] * min(1.0, share / 0.03) * (0.5 + 0.5 * math.cos(math.pi * share))
-        loss = shared(taught[rows], target[rows.to(target.device)])
+        loss = shared(taught[rows], target[rows])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -238,7 +238,7 @@ def main() -> None:
     if args.sample:
         return write(args, original, tokenizer)
     taught, held = texts(args, tokenizer)
-    taught = taught[: len(taught) // WORLD * WORLD][RANK::WORLD]
+    taught = taught[: len(taught) // WORLD * WORLD][RANK::WORLD].to(args.device)  # or every step waits for it
     rules = replace(recipe(args), transforms=())
     model = prepare(copy.deepcopy(original), rules, weight=LearnedRange())
     if args.start != "nearest":
