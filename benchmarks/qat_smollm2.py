@@ -14,8 +14,9 @@ calibrated on); ``--more``: windows of wikipedia_windows.py, or files of text; a
 itself: ``--sample`` goes on from beginnings in those texts, half of them in WikiText-2, for so many minutes,
 and later runs find in OUT what every seed wrote. Windows of 512 tokens; the float model's last hidden states
 are computed once. Products in bfloat16, weights and optimizer float32. The rates are shares of each weight's
-root mean square and fall to 0 by a cosine of the time. Under torchrun every process has a share of the
-windows, and torch's DDP takes the mean of gradients, in bfloat16 on GPUs.
+root mean square and fall to 0 by a cosine of the time, while `dampen` draws the weights to their codes, ever
+more so. Under torchrun every process has a share of the windows, and torch's DDP takes the mean of gradients,
+in bfloat16 on GPUs.
 
 Evaluation as in methods.py: 12 windows of 512 tokens of WikiText-2 raw test, against the float model, of the
 model that was trained and of the converted one, whose outputs must be the same bits. The last windows of the
@@ -48,6 +49,7 @@ from fewbit.train import (
     FakeLinear,
     LearnedRange,
     convert,
+    dampen,
     forward_kl,
     kd_loss,
     prepare,
@@ -56,6 +58,7 @@ from fewbit.train import (
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "qat_smollm2"
+EVERY = 4  # updates between pulls of `dampen`
 GRIDS = {
     "int": "asymmetric integers", "midrise": "odd multiples of half a step",
     "lloyd": "least squared error for normal weights",
@@ -74,6 +77,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--codes", dest="start", choices=("awq", "gptq", "nearest"), default="gptq")
     parser.add_argument("--lr", type=float, help="of weights, as a share of their root mean square")
     parser.add_argument("--lr-steps", type=float, default=1e-3, help="of all others, likewise")
+    parser.add_argument(
+        "--dampen", type=float, default=0.8, help="lambda of `fewbit.train.dampen` at the end; 0 at first"
+    )
     parser.add_argument("--head", action="store_true", help="train the embedding, which is the head, too")
     parser.add_argument("--batch", type=int, default=32, help="windows per update and process")
     parser.add_argument(
@@ -93,11 +99,14 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--more {' '.join(missing)}: there is no such file; give files of text")
     args.grid = args.grid or {2: "midrise", 3: "lloyd", 4: "int"}[args.bits]
     args.lr = args.lr or {2: 5e-3, 3: 3e-3, 4: 1.5e-3}[args.bits]
+    if not 0 <= EVERY * args.dampen * args.lr <= 1:
+        parser.error(f"--dampen {args.dampen:g} at --lr {args.lr:g}: give 0 to {1 / EVERY / args.lr:g}")
     if args.smoke:
         args.batch, args.minutes, args.rows = 2, 5.0, 2
     size = "row" if args.group < 0 else f"g{args.group}"
     parts = args.grid + str(args.bits), size, f"lr{args.lr:g}", "head" if args.head else "", args.start
-    args.name = args.name or "-".join(filter(None, (*parts, f"{args.minutes:g}m")))
+    parts += (f"damp{args.dampen:g}" if args.dampen else "", f"{args.minutes:g}m")
+    args.name = args.name or "-".join(filter(None, parts))
     return args
 
 
@@ -133,6 +142,7 @@ def train(model, teacher_head, taught, target, held, held_target, args: argparse
     for block in compiled:
         block.compile(fullgraph=True)
     divergence = forward_kl if args.eager else torch.compile(forward_kl)
+    rounded = FakeLinear.rounded if args.eager else torch.compile(FakeLinear.rounded)
 
     class Loss(torch.nn.Module):
         """What DDP wraps: the model, and the loss of some windows."""
@@ -158,6 +168,7 @@ def train(model, teacher_head, taught, target, held, held_target, args: argparse
             raise
         say(f"torch.compile failed, so the blocks run as they are: {str(error).splitlines()[0]}")
         eager(compiled)
+        rounded = FakeLinear.rounded
         loss_of(taught[: args.batch], target[: args.batch]).backward()
     optimizer.zero_grad()
     first_held = held_loss()
@@ -171,14 +182,15 @@ def train(model, teacher_head, taught, target, held, held_target, args: argparse
     queue, step, seen = [], 0, []
     looked, asked = begun, begun
     while (share := together((time.perf_counter() - begun) / max(budget, 1.0))) < 1:
-        if args.smoke and step == 3:
+        if args.smoke and step == 5:
             break
         if not queue:
             queue = list(torch.randperm(len(taught), generator=generator).split(args.batch))[::-1]
             queue = [rows for rows in queue if len(rows) == args.batch]
         rows = queue.pop().to(target.device)
+        rate = min(1.0, share / 0.03) * (0.5 + 0.5 * math.cos(math.pi * share))
         for group in optimizer.param_groups:
-            group["lr"] = group["first"] * min(1.0, share / 0.03) * (0.5 + 0.5 * math.cos(math.pi * share))
+            group["lr"] = group["first"] * rate
         loss = shared(taught[rows], target[rows])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -186,11 +198,13 @@ def train(model, teacher_head, taught, target, held, held_target, args: argparse
         optimizer.zero_grad()
         seen.append(loss.detach())
         step += 1
+        if args.dampen and step % EVERY == 0:
+            dampen(model, EVERY * args.dampen * share * args.lr * rate, rounded=rounded)
         now = time.perf_counter()
         if RANK == 0 and (now - looked > 10 or args.smoke):
             recent = torch.stack(seen).mean().item()
-            rate = step * WORLD * args.batch * taught.shape[1] / (time.perf_counter() - begun)
-            say(f"step {step}, {100 * share:.0f} %, KL {recent:.4f}, {rate:,.0f} tokens/s")
+            speed = step * WORLD * args.batch * taught.shape[1] / (time.perf_counter() - begun)
+            say(f"step {step}, {100 * share:.0f} %, KL {recent:.4f}, {speed:,.0f} tokens/s")
             seen, looked = [], now
         if RANK == 0 and now - asked > 60:
             say(f"held-out KL {held_loss():.4f}")
@@ -288,7 +302,7 @@ def bits(model) -> float:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    kept = "minutes bits grid group start lr lr_steps head batch seed own_only"
+    kept = "minutes bits grid group start lr lr_steps dampen head batch seed own_only"
     return {name: getattr(args, name) for name in kept.split()} | {"more": [path.name for path in args.more]}
 
 

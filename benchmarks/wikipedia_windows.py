@@ -1,22 +1,29 @@
 """Wikipedia in WikiText's form, cut into windows: text for qat_smollm2.py --more.
 
-    git clone https://github.com/chinapedia/wikipedia.abstract.en CLONE
-    python benchmarks/wikipedia_windows.py CLONE OUT.npy [--data FOLDER] [--every 1]
+    git clone https://github.com/chinapedia/wikipedia.abstract.en ONE
+    git clone https://github.com/ZhouYii/PatchedDistro TWO
+    git clone https://github.com/Vibhas-hs-edu/WikiTasks THREE
+    git clone https://github.com/JohanMadsen/02807_Project FOUR
+    python benchmarks/wikipedia_windows.py ONE TWO THREE FOUR OUT.npy [--data FOLDER] [--every 1]
 
-The clone holds 63,000 English articles of 2019 (CC BY-SA). Their prose is written as WikiText writes it
-(Merity et al. 2016, https://arxiv.org/abs/1609.07843, section 4.3): tokens apart, headings between equals
-signs, `@-@`, `@,@` and `@.@` inside of words and numbers. Tables, lists, notes and what is left of templates
-go, and so does every article that shares 13 words in a row with WikiText-2 test or validation.
+The first clone holds 63,000 English articles of 2019, a file each under Page; the others hold files wiki_NN
+as WikiExtractor (https://github.com/attardi/wikiextractor) writes them, there since 2014, 2021 and 2018; a
+dump that it has read serves as well, in any git repository. The articles are CC BY-SA. Their prose is written
+as WikiText writes it (Merity et al. 2016, https://arxiv.org/abs/1609.07843, section 4.3): tokens apart,
+headings between equals signs, `@-@`, `@,@` and `@.@` inside of words and numbers. Tables, lists, notes and
+what is left of templates go, and so does a title that was there before, and every article that shares 13
+words in a row with WikiText-2 test or validation.
 
 Writes windows of 512 token ids of SmolLM2, [w, 512] uint16, and says what was left out.
 """
 
 import argparse
+import html
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -28,14 +35,17 @@ from fewbit.io.text import Join, join, read_text
 
 ROOT = Path(__file__).parent
 GRAM = 13  # words in a row that two texts do not share by accident
-SHORTEST = 600  # characters of prose
+SHORTEST = 1500  # characters of prose; articles of WikiText are long
 LAST = re.compile(
     r"(see also|references?|notes?|external links|further reading|bibliography|sources|footnotes|citations|"
     r"works cited|discography|filmography|gallery|publications)\W*$",
     re.IGNORECASE,
 )
 NOTE = re.compile(r"\[(\d+|note \d+|[a-z]|citation needed)\]")
-LEFT_OVER = re.compile(r"[{}|]|\[\[|\]\]|^[+\-*#>]|^\d+\.\s|^\s{3,}|=\s*\"|-{4}|https?:|^\W*$")
+EMPTY = re.compile(r"(?<=\()[\s,;]+|\s?\([\s,;]*\)")  # where a template stood in parentheses
+VERB = re.compile(r"\b(is|are|was|were|has|had|have|will|did|does|he|she|it|they)\b", re.IGNORECASE)
+EXTRACTED = re.compile(r'<doc [^>]*title="(.*?)">\n(.*?)\n</doc>', re.DOTALL)
+LEFT_OVER = re.compile(r"[{}|]|formula_\d|\[\[|\]\]|^[+\-*#>]|^\d+\.\s|^\s{3,}|=\s*\"|-{4}|https?:|^\W*$")
 ABBREVIATIONS = frozenset(
     (
         "mr", "mrs", "ms", "dr", "st", "no", "vol", "lt", "col", "gen", "sgt", "capt", "maj", "cpl", "prof",
@@ -44,38 +54,70 @@ ABBREVIATIONS = frozenset(
 )  # fmt: skip
 
 
-def pages(clone: Path) -> Iterator[tuple[str, str]]:
-    """Title and text of every article."""
+Parts = Iterator[tuple[int, str]]  # (depth of a heading or 0, what stands there)
+Page = tuple[str, str, Callable[[str], Parts]]  # title, text, how it is read
+
+
+def pages(clone: Path) -> Iterator[Page]:
+    """Every article of a clone."""
+    for path, text in blobs(clone, re.compile(r"^Page/|(^|/)wiki_\d+$")):
+        if path.startswith("Page/"):
+            yield Path(path).stem.replace("_", " "), text, markdown
+        else:
+            for title, body in EXTRACTED.findall(text):
+                title = html.unescape(title)
+                yield title, html.unescape(body).removeprefix(title), extracted
+
+
+def blobs(clone: Path, wanted: re.Pattern) -> Iterator[tuple[str, str]]:
+    """Path and text of every file of HEAD whose path is wanted, without checking anything out."""
     git = ["git", "-C", str(clone)]
-    listed = subprocess.run([*git, "ls-tree", "-r", "-z", "HEAD", "Page"], capture_output=True, check=True)
-    entries = [entry.split("\t", 1) for entry in listed.stdout.decode().split("\0") if entry]
+    listed = subprocess.run([*git, "ls-tree", "-r", "-z", "HEAD"], capture_output=True, check=True)
+    entries = [entry.split("\t", 1) for entry in listed.stdout.decode(errors="replace").split("\0") if entry]
     with subprocess.Popen([*git, "cat-file", "--batch"], stdin=-1, stdout=-1) as reader:
         for head, path in entries:
-            reader.stdin.write(head.split()[2].encode() + b"\n")
-            reader.stdin.flush()
-            size = int(reader.stdout.readline().split()[2])
-            text = reader.stdout.read(size + 1)[:-1].decode(errors="replace")
-            yield Path(path).stem.replace("_", " "), text
+            if wanted.search(path):
+                reader.stdin.write(head.split()[2].encode() + b"\n")
+                reader.stdin.flush()
+                size = int(reader.stdout.readline().split()[2])
+                yield path, reader.stdout.read(size + 1)[:-1].decode(errors="replace")
         reader.stdin.close()
 
 
-def prose(title: str, text: str) -> list[tuple[int, str]]:
-    """(Depth, line): paragraphs at depth 0, the title at 1, headings below; up to the notes."""
-    out = [(1, title)]
+def markdown(text: str) -> Parts:
+    """Sections lie two empty lines apart, and a heading does not end like a sentence."""
     for i, section in enumerate(re.split(r"\n{3,}", text)):
         for j, part in enumerate(section.split("\n\n")):
-            line = NOTE.sub("", " ".join(part.split())).replace("_", "")  # italics
+            line = cleaned(part)
             heading = len(line) < 80 and not re.search(r"[.:;,!?\"')\]]$", line)
-            if heading and LAST.match(line):
-                return ended(out)
-            if LEFT_OVER.search(part):
-                continue
-            if heading:
-                depth = 2 if i and not j else 3
-                out = [*ended(out, depth), (depth, line)]
-            elif len(line) >= 60:
-                bold = re.escape(title.upper())  # it became capitals
-                out.append((0, re.sub(bold, title, line, count=1) if len(out) == 1 else line))
+            yield (2 if i and not j else 3) if heading else 0, part
+
+
+def extracted(text: str) -> Parts:
+    """A paragraph a line; a heading is short, without a verb, and ends in the only full stop."""
+    for part in text.split("\n"):
+        heading = len(part) < 60 and part.endswith(".") and part.count(".") == 1 and not VERB.search(part)
+        yield (2, part[:-1]) if heading else (0, part)
+
+
+def cleaned(part: str) -> str:
+    return EMPTY.sub("", NOTE.sub("", " ".join(part.split())).replace("_", ""))  # italics
+
+
+def prose(title: str, parts: Parts) -> list[tuple[int, str]]:
+    """(Depth, line): paragraphs at depth 0, the title at 1, headings below; up to the notes."""
+    out = [(1, title)]
+    for depth, part in parts:
+        line = cleaned(part)
+        if depth and LAST.match(line):
+            return ended(out)
+        if LEFT_OVER.search(part):
+            continue
+        if depth:
+            out = [*ended(out, depth), (depth, line)]
+        elif len(line) >= 60:
+            bold = re.escape(title.upper())  # it became capitals
+            out.append((0, re.sub(bold, lambda _: title, line, count=1) if len(out) == 1 else line))
     return ended(out)
 
 
@@ -129,11 +171,11 @@ def tokenizer():
     return open_source("smollm2").tokenizer()
 
 
-def encoded(folder: Path, part: tuple[tuple[str, str], ...]) -> tuple[np.ndarray, dict[str, int]]:
+def encoded(folder: Path, part: tuple[Page, ...]) -> tuple[np.ndarray, dict[str, int]]:
     """Token ids of some articles, one after another; what became of them."""
     texts, counts = [], {"articles": len(part), "short": 0, "of the evaluation": 0}
-    for title, text in part:
-        lines = prose(title, text)
+    for title, text, parts in part:
+        lines = prose(title, parts(text))
         if sum(len(line) for depth, line in lines if depth == 0) < SHORTEST:
             counts["short"] += 1
             continue
@@ -148,20 +190,20 @@ def encoded(folder: Path, part: tuple[tuple[str, str], ...]) -> tuple[np.ndarray
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("clone", type=Path)
+    parser.add_argument("clones", type=Path, nargs="+", metavar="CLONE")
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, default=ROOT.parent.parent / "shared" / "data")
     parser.add_argument("--every", type=int, default=1, help="of so many articles, one")
     args = parser.parse_args()
-    if subprocess.run(
-        ["git", "-C", args.clone, "cat-file", "-e", "HEAD:Page"], capture_output=True
-    ).returncode:
-        parser.error(
-            f"{args.clone} is no clone with articles under Page; the first lines of this file name it"
-        )
     if args.out.suffix != ".npy":
         parser.error(f"{args.out}: windows are written as NumPy writes them; give a name that ends in .npy")
-    chosen = (page for i, page in enumerate(pages(args.clone)) if i % args.every == 0)
+    for clone in args.clones:
+        if next(readable(clone), None) is None:
+            parser.error(
+                f"{clone} is no clone with articles (under Page, or in files wiki_NN of WikiExtractor); the "
+                "first lines of this file name some"
+            )
+    chosen = unseen(chain.from_iterable(map(pages, args.clones)), args.every)
     counts: dict[str, int] = {}
     parts = []
     with Pool() as pool:
@@ -178,6 +220,23 @@ def main() -> None:
     np.save(partial, windows)
     partial.rename(args.out)
     say(f"{counts}; {windows.size:,} tokens in {args.out}")
+
+
+def readable(clone: Path) -> Iterator[Page]:
+    try:
+        yield from pages(clone)
+    except subprocess.CalledProcessError:
+        return
+
+
+def unseen(found: Iterator[Page], every: int) -> Iterator[Page]:
+    """Of every so many articles one, of a title the first."""
+    titles: set[str] = set()
+    for i, page in enumerate(found):
+        title = "".join(filter(str.isalnum, page[0].lower()))
+        if i % every == 0 and title not in titles:
+            titles.add(title)
+            yield page
 
 
 def _encoded(work):

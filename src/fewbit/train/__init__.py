@@ -3,6 +3,7 @@
 from fewbit.train.adapters import add_adapters, merge_adapters
 from fewbit.train.amaxes import advance
 from fewbit.train.blocks import BlockError, train_blocks
+from fewbit.train.dampen import dampen
 from fewbit.train.distill import forward_kl, kd_loss
 from fewbit.train.fake import (
     LSQ,
@@ -53,7 +54,7 @@ __all__ = [
     "Clipped", "FakeLinear", "FakeQuant", "Folded", "Guard", "Identity", "Interior", "Keep",
     "LearnedRange", "Level", "LossScaler", "LowAdamW", "LowLinear", "NarrowLinear", "Product",
     "Products", "States", "StepLinear", "Straight", "Surrogate", "Trust", "add_adapters", "advance",
-    "blockwise", "clear", "clip_gradients", "convert", "delayed", "fake", "folded_tensorwise",
+    "blockwise", "clear", "clip_gradients", "convert", "dampen", "delayed", "fake", "folded_tensorwise",
     "forward_kl", "fp8_gradients", "gradient", "gradients", "kd_loss", "low_adamw", "lower",
     "merge_adapters", "midrise", "mxfp4", "mxfp6", "mxfp8", "narrow", "nvfp4", "prepare", "quest_input",
     "quest_weight", "restore", "rowwise", "rowwise_wide_weight_gradient", "sample_text", "set_gradient",

@@ -145,6 +145,12 @@ class FakeLinear(Stored, nn.Linear):
         with torch.autocast(self.weight.device.type, enabled=False):  # or codes would depend on it
             return self.basis.enter(self.weight.float())
 
+    @torch.no_grad()
+    def rounded(self) -> Tensor:
+        """What the weight is in the product, in the weight's own basis: [out, in] float32."""
+        value = self.quant(self._weight(), self.format, self._learned("weight"))
+        return value if self.basis is None else self.basis.leave(value)
+
     def _fake_input(self, x: Tensor) -> Tensor:
         if self.activation is None or x.numel() == 0:
             return x
