@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from qat_texts import LENGTH, RANK, START, TEST, VALID, WORLD, eager, hidden, say, states, texts, write
+from qat_texts import LENGTH, RANK, START, TEST, TEXTS, VALID, WORLD, eager, hidden, say, states, texts, write
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 import fewbit
@@ -97,6 +97,9 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if missing := [str(path) for path in args.more if not path.is_file()]:
         parser.error(f"--more {' '.join(missing)}: there is no such file; give files of text")
+    needed = (VALID, TEST) if args.smoke else (*TEXTS, VALID, TEST)
+    if not args.page and (missing := [name for name in needed if not (args.data / name).is_file()]):
+        parser.error(f"--data {args.data} lacks {', '.join(missing)}; give the folder of these texts")
     args.grid = args.grid or {2: "midrise", 3: "lloyd", 4: "int"}[args.bits]
     args.lr = args.lr or {2: 5e-3, 3: 3e-3, 4: 1.5e-3}[args.bits]
     if not 0 <= EVERY * args.dampen * args.lr <= 1:

@@ -16,6 +16,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests before it, nor on the worker that runs it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Tiny models in folders, by architecture: ``folders / "llama"``."""

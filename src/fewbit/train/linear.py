@@ -148,8 +148,12 @@ class FakeLinear(Stored, nn.Linear):
     @torch.no_grad()
     def rounded(self) -> Tensor:
         """What the weight is in the product, in the weight's own basis: [out, in] float32."""
-        value = self.quant(self._weight(), self.format, self._learned("weight"))
+        value = self._fake_weight()
         return value if self.basis is None else self.basis.leave(value)
+
+    def _fake_weight(self) -> Tensor:
+        """What the weight rounds to, in the basis in which it does, with gradients: [out, in] float32."""
+        return self.quant(self._weight(), self.format, self._learned("weight"))
 
     def _fake_input(self, x: Tensor) -> Tensor:
         if self.activation is None or x.numel() == 0:
@@ -171,7 +175,7 @@ class FakeLinear(Stored, nn.Linear):
                 x = self.basis.input_map(self.in_features).apply(x)
             output = self.basis.output_map(self.out_features)
         x = self._fake_input(x)
-        w = self.quant(self._weight(), self.format, self._learned("weight")).to(x.dtype)
+        w = self._fake_weight().to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if output is None:
             return F.linear(x, w, bias)
